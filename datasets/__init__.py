@@ -1,0 +1,1 @@
+"""Rows on disk become batches in memory. Imports nothing else of this package."""

@@ -1,0 +1,90 @@
+"""What a dataset holds, kept in the metadata of every Parquet file that this room writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .batch import MISSING_ID, Batch, Ids
+
+__all__ = ["MISSING_ID", "Batch", "CategoricalColumn", "DataConfig", "DataError", "DenseColumn", "Ids", "Schema"]
+
+METADATA_KEY = b"embershard"
+SKETCH_KEY = b"embershard.distinct"
+
+
+class DataError(ValueError):
+    """Data that cannot be used: one line that names the file and column, what was found and what to do."""
+
+
+class DenseColumn(BaseModel):
+    """A numeric column. missing: share of nulls, None where nobody counted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    missing: float | None = None
+
+
+class CategoricalColumn(BaseModel):
+    """A column of one integer id per row.
+
+    distinct: estimated number of different ids (standard error about 1 %), None where nobody counted. cardinality: ids
+    are known to lie in [0, cardinality).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    distinct: int | None = None
+    cardinality: int | None = Field(None, gt=0)
+    missing: float | None = None
+
+
+class Schema(BaseModel):
+    """Columns and their roles.
+
+    dense_transform: `log1p` is ln(max(x, 0) + 1) with nulls as 0; `none` leaves values as they are, nulls as 0.
+    positives: rows with label 1. best_auc: the best AUC that any model can reach, known for generated data only.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    source: str
+    label: str
+    dense: list[DenseColumn]
+    categorical: list[CategoricalColumn]
+    dense_transform: Literal["log1p", "none"] = "log1p"
+    rows: int = Field(ge=0)
+    positives: int | None = None
+    best_auc: float | None = None
+
+    @property
+    def dense_names(self) -> list[str]:
+        return [column.name for column in self.dense]
+
+    @property
+    def categorical_names(self) -> list[str]:
+        return [column.name for column in self.categorical]
+
+    @property
+    def columns(self) -> list[str]:
+        """Label, dense and categorical names, in this order."""
+        return [self.label, *self.dense_names, *self.categorical_names]
+
+
+class DataConfig(BaseModel):
+    """The `data` section of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: str | None = Field(None, description="Parquet file, folder or fsspec URL to train on")
+    eval_path: str | None = Field(None, description="the same, to evaluate on")
+    batch_size: int = Field(512, gt=0, description="rows per step, over all workers together")
+    eval_batch_size: int = Field(4096, gt=0, description="rows per evaluation step, over all workers together")
+    label: str | None = Field(None, description="label column; None: as the files' metadata says")
+    dense: Sequence[str] | None = Field(None, description="numeric columns; None: as the files' metadata says")
+    categorical: Sequence[str] | None = Field(None, description="id columns; None: as the files' metadata says")
+    shuffle: bool = Field(True, description="permute row groups, and rows within a window")
+    window_bytes: int = Field(32 << 20, gt=0, description="decoded bytes that are shuffled together, at most")
+    read_ahead_bytes: int = Field(128 << 20, gt=0, description="decoded bytes held in memory, at most (one window at least)")
+    missing_id: int = Field(MISSING_ID, description="the id that stands for a missing categorical value")
