@@ -1,0 +1,65 @@
+"""What goes wrong, whose fault it is, and the exit code and the one line that follow."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ExitCode = Literal[1, 2, 130]
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be right: the message names the key, where it was given, and what would work."""
+
+
+class RunFailed(RuntimeError):
+    """The run failed for a reason that is not the user's input.
+
+    user_error: the cause, raised in another process, was the user's input all the same.
+    """
+
+    def __init__(self, message: str, *, user_error: bool = False) -> None:
+        super().__init__(message)
+        self.user_error = user_error
+
+
+class RunInterrupted(Exception):
+    """The user stopped the run; the message says what is left of it and how to go on."""
+
+
+# Errors of other rooms that speak of the user's input, by name: naming them by class would make `--help` import torch.
+_USER_ERRORS = {"ConfigError", "DataError", "TableError", "CheckpointError", "FeatureError", "EmbeddingError"}
+
+
+def is_user_error(error: BaseException) -> bool:
+    """True for errors that the user's files, flags or configuration caused, wherever in embershard they were raised."""
+    if isinstance(error, RunFailed):
+        return error.user_error
+    return any(c.__name__ in _USER_ERRORS and c.__module__.startswith("embershard.") for c in type(error).__mro__)
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """2 the user's input is wrong, 130 interrupted, 1 everything else."""
+    if isinstance(error, (RunInterrupted, KeyboardInterrupt)):
+        return 130
+    return 2 if is_user_error(error) else 1
+
+
+def one_line(error: BaseException) -> str:
+    """The error in one line; an error that is not ours also says its type, which is often half of the news."""
+    text = " ".join(str(error).split())
+    if type(error).__module__.startswith("embershard.") or isinstance(error, KeyboardInterrupt):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that a worker or actor raised, out of the wrappers that Ray puts around it."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        failures = getattr(error, "worker_failures", None)
+        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        inner = inner or getattr(error, "controller_failure", None) or getattr(error, "cause", None)
+        if isinstance(inner, BaseException):
+            error = inner
+    return error

@@ -1,0 +1,78 @@
+"""Progress of a run on stderr: a bar on a terminal, otherwise a line per interval."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_INTERVAL = 5.0  # seconds between lines where there is no terminal
+
+
+class ProgressReporter:
+    """`note` says what is going on, `advance` where training stands. Use as a context manager."""
+
+    def __init__(self, stream: TextIO | None = None, *, interval: float = LINE_INTERVAL) -> None:
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._interval = interval
+        self._last_line = float("-inf")
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ProgressReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish()
+
+    def note(self, text: str) -> None:
+        """One line of news, above the bar where there is one."""
+        self._console.print(text, markup=False)
+
+    def advance(self, record: Mapping[str, Any]) -> None:
+        """record: step, and where known steps_total, loss, samples_per_second, pull_wait_seconds."""
+        if self._console.is_terminal:
+            self._draw(record)
+        elif time.monotonic() - self._last_line >= self._interval:
+            self._last_line = time.monotonic()
+            self.note(describe(record))
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, record: Mapping[str, Any]) -> None:
+        total = record.get("steps_total")
+        if self._bar is None:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        assert self._task is not None
+        self._bar.update(self._task, completed=record["step"], total=total, description=_numbers(record))
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """A record in one line: `step 400/4,000  loss 0.4512  12,345 samples/s`."""
+    total = record.get("steps_total")
+    step = f"step {record['step']:,}" + (f"/{total:,}" if total else "")
+    return f"{step}  {_numbers(record)}".rstrip()
+
+
+def _numbers(record: Mapping[str, Any]) -> str:
+    parts = []
+    if (loss := record.get("loss")) is not None:
+        parts.append(f"loss {loss:.4f}")
+    if (auc := record.get("auc")) is not None:
+        parts.append(f"AUC {auc:.4f}")
+    if (rate := record.get("samples_per_second")) is not None:
+        parts.append(f"{rate:,.0f} samples/s")
+    return "  ".join(parts)
