@@ -1,0 +1,193 @@
+"""The store over gRPC: one stream to each shard, kept open; a broken one is opened again and its calls are repeated."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+
+from . import store as errors
+from . import tables as table_errors
+from .blocks import BlockMap
+from .checkpoint import CheckpointError
+from .protocol import shard_pb2 as pb
+from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
+from .protocol.messages import decode_reply, encode_request
+from .requests import INVALID, PullRequest, PushRequest, Refusal
+from .sharded import OnAnswer, ShardedStore
+from .store import StoreError, StoreTimeout
+from .tables import Layout, TableSpec
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
+# Table creation and checkpoints move whole shards; their deadline is not that of a pull.
+CONTROL_SECONDS = 3600.0
+# gRPC's own back-off grows to two minutes; a shard that restarts is to be found again at once.
+CLIENT_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_ERRORS: dict[str, type[Exception]] = {
+    "StoreError": StoreError,
+    "FencedError": errors.FencedError,
+    "TableError": table_errors.TableError,
+    "CheckpointError": CheckpointError,
+}
+
+
+class StoreClient(ShardedStore):
+    """A store whose shards listen elsewhere. `connect` learns everything else from the first shard that answers."""
+
+    def __init__(self, layout: Layout, block_map: BlockMap, timeout: float) -> None:
+        super().__init__(layout, block_map, timeout)
+        self._links: dict[str, _Link] = {}
+
+    @classmethod
+    def connect(cls, address: str | Sequence[str], *, timeout: float = 60.0) -> StoreClient:
+        """Raises StoreTimeout if no shard at `address` answers within `timeout` seconds."""
+        addresses = [address] if isinstance(address, str) else list(address)
+        deadline = time.monotonic() + timeout
+        while True:
+            for candidate in addresses:
+                link = _Link(candidate)
+                try:
+                    return cls._from(link.control("describe", {}, min(5.0, timeout)), timeout)
+                except StoreError:
+                    continue
+                finally:
+                    link.close()
+            if time.monotonic() > deadline:
+                raise StoreTimeout(f"no shard answered at {', '.join(addresses)} within {timeout:g} s: does it run?")
+            time.sleep(0.1)
+
+    @classmethod
+    def _from(cls, described: dict[str, Any], timeout: float) -> StoreClient:
+        layout = Layout(described["blocks"], described["seed"])
+        for tables in described["slabs"]:
+            layout.add([TableSpec.model_validate(table) for table in tables])
+        owners = np.array(described["owners"], np.uint16)
+        return cls(layout, BlockMap(described["epoch"], owners, tuple(described["addresses"])), timeout)
+
+    def _link(self, shard: int) -> _Link:
+        address = self.block_map.addresses[shard]
+        link = self._links.get(address)
+        if link is None:
+            link = self._links.setdefault(address, _Link(address))
+        return link
+
+    def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
+        self.counters.wire_bytes += self._link(shard).send(request, timeout, self.widths, on_answer, self.counters)
+
+    def _control(self, shard: int, method: str, arguments: Mapping[str, Any]) -> Any:
+        return self._link(shard).control(method, arguments, CONTROL_SECONDS)
+
+    def close(self) -> None:
+        super().close()
+        for link in self._links.values():
+            link.close()
+
+
+class _Link:
+    """The stream to one shard."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._exchange = self._channel.stream_stream(f"/{SERVICE}/Exchange")
+        self._control = self._channel.unary_unary(
+            f"/{SERVICE}/Control", pb.ControlRequest.SerializeToString, pb.ControlReply.FromString
+        )
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._stream: _Stream | None = None
+
+    def send(
+        self, request: PullRequest | PushRequest, timeout: float, widths: list[int], on_answer: OnAnswer, counters: Any
+    ) -> int:
+        """Starts a call and returns its size in bytes."""
+        header, arrays = encode_request(request, timeout)
+        with self._lock:
+            if self._stream is None or self._stream.broken:
+                self._stream = _Stream(self._exchange, self.address)
+            return self._stream.send(next(self._numbers), header, arrays, (request, widths, on_answer, counters))
+
+    def control(self, method: str, arguments: Mapping[str, Any], timeout: float) -> Any:
+        """Raises what the shard raised, or StoreError if it does not answer."""
+        request = pb.ControlRequest(method=method, arguments=json.dumps(dict(arguments)))
+        try:
+            reply = self._control(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise StoreError(f"shard {self.address}: {method} failed: {error.code().name} {error.details()}") from None
+        if reply.error:
+            kind, _, message = reply.error.partition(": ")
+            raise _ERRORS.get(kind, StoreError)(message if kind in _ERRORS else f"shard {self.address}: {reply.error}")
+        return json.loads(reply.result)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class _Stream:
+    """One incarnation of the stream, with a thread that reads its answers."""
+
+    def __init__(self, exchange: Any, address: str) -> None:
+        self.address = address
+        self.broken = False
+        self._open: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._answers = exchange(self._outgoing())
+        threading.Thread(target=self._read, name=f"answers-{address}", daemon=True).start()
+
+    def _outgoing(self) -> Iterator[bytes]:
+        while (frame := self._frames.get()) is not None:
+            yield frame
+
+    def send(self, number: int, header: bytes, arrays: list[np.ndarray], call: Any) -> int:
+        with self._lock:
+            if not self.broken:
+                self._open[number] = call
+        if number not in self._open:
+            call[2](ConnectionError(f"shard {self.address}: the stream broke"), None)
+            return 0
+        size = 0
+        for frame in encode(number, header, arrays):
+            size += len(frame)
+            self._frames.put(frame)
+        return size
+
+    def _read(self) -> None:
+        assembler = Assembler()
+        reason = "the stream ended"
+        try:
+            for frame in self._answers:
+                done = assembler.add(frame)
+                if done is None:
+                    continue
+                number, header, payload = done
+                request, widths, on_answer, counters = self._open.pop(number)
+                counters.wire_bytes += len(header) + len(payload)
+                try:
+                    reply, newer = decode_reply(header, payload, request, widths)
+                except FrameError as error:
+                    reply, newer = Refusal(INVALID, str(error)), None
+                on_answer(reply, newer)
+        except grpc.RpcError as error:
+            reason = f"{error.code().name} {error.details()}"
+        except FrameError as error:
+            reason = str(error)
+            self._answers.cancel()
+        self._frames.put(None)
+        with self._lock:
+            self.broken = True
+            lost, self._open = self._open, {}
+        for _, _, on_answer, _ in lost.values():
+            on_answer(ConnectionError(f"shard {self.address}: {reason}"), None)

@@ -1,0 +1,185 @@
+"""A shard on the network: one event loop on one thread, so a call that waits for others holds no thread.
+
+The loop calls the shard's kernels itself: a shard is single-threaded over its rows, and more cores mean more shards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from .administration import Administration
+from .protocol import shard_pb2 as pb
+from .protocol import shard_pb2_grpc
+from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
+from .protocol.messages import decode_request, encode_reply
+from .requests import INVALID, Completed, PushRequest, Refusal, Reply
+from .shard import Shard
+from .store import StoreError
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
+# The port must be ours alone: with reuse, a second shard on a taken port would silently get half the calls.
+SERVER_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
+
+
+class ShardServer:
+    """Serves `shard` at host:port (0 picks a free port) until `stop`."""
+
+    def __init__(self, shard: Shard, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.shard = shard
+        self.host = host
+        self.port = port
+        self._administration = Administration(shard, self._deliver_from_thread)
+        self._loop = asyncio.new_event_loop()
+        self._stopping: asyncio.Event | None = None
+        self._thread = threading.Thread(target=self._run, name=f"shard-{shard.number}", daemon=True)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def start(self) -> str:
+        """Returns the address.
+
+        Raises:
+            StoreError: the port is taken or the host is not ours.
+        """
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise StoreError(f"shard {self.shard.number}: cannot listen on {self.address}: {self._failure}")
+        return self.address
+
+    def stop(self) -> None:
+        """Answers nothing more; returns when the port is closed."""
+        if self._stopping is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        self._stopping = asyncio.Event()
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers((self._handlers(),))
+        health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        try:
+            self.port = server.add_insecure_port(f"{self.host}:{self.port}")
+            await server.start()
+        except Exception as error:
+            self._failure = error
+            self._started.set()
+            return
+        for name in ("", SERVICE):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._started.set()
+        expiry = asyncio.create_task(self._expire())
+        await self._stopping.wait()
+        expiry.cancel()
+        await server.stop(grace=0.2)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        exchange = grpc.stream_stream_rpc_method_handler(self._exchange)  # frames stay bytes: see frames.py
+        control = grpc.unary_unary_rpc_method_handler(
+            self._control, pb.ControlRequest.FromString, pb.ControlReply.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Exchange": exchange, "Control": control})
+
+    async def _exchange(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        stream = _Stream(context)
+        assembler = Assembler()
+        try:
+            while (frame := await context.read()) is not grpc.aio.EOF:
+                call = assembler.add(frame)
+                if call is not None:
+                    self._deliver(self._handle(stream, *call))
+        except FrameError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"shard {self.shard.number}: {error}")
+        finally:
+            stream.close()
+
+    def _handle(self, stream: _Stream, number: int, header: bytes, payload: Any) -> list[Completed]:
+        token = _Token(stream, number)
+        try:
+            request, timeout = decode_request(header, payload, [slab.width for slab in self.shard.layout.slabs])
+        except FrameError as error:
+            return [Completed(token, Refusal(INVALID, str(error)))]
+        token.epoch = request.epoch
+        deadline = time.monotonic() + timeout
+        if isinstance(request, PushRequest):
+            return self.shard.push(request, token, deadline)
+        return self.shard.pull(request, token, deadline)
+
+    def _deliver(self, completed: list[Completed]) -> None:
+        for done in completed:
+            token = done.token
+            assert isinstance(token, _Token)
+            newer = self.shard.block_map if self.shard.block_map.epoch > token.epoch else None
+            token.stream.answer(token.number, done.reply, newer)
+
+    def _deliver_from_thread(self, completed: list[Completed]) -> None:
+        if completed:
+            self._loop.call_soon_threadsafe(self._deliver, completed)
+
+    async def _expire(self) -> None:
+        while True:
+            deadline = self.shard.next_deadline()
+            # A new call may have an earlier deadline than those seen here: look again at least twice a second.
+            await asyncio.sleep(0.5 if deadline is None else min(0.5, max(0.0, deadline - time.monotonic())))
+            self._deliver(self.shard.expire(time.monotonic()))
+
+    async def _control(self, request: pb.ControlRequest, _: grpc.aio.ServicerContext) -> pb.ControlReply:
+        try:
+            arguments = json.loads(request.arguments or "{}")
+            result = await asyncio.to_thread(self._administration.call, request.method, arguments)
+        except Exception as error:
+            return pb.ControlReply(error=f"{type(error).__name__}: {error}")
+        return pb.ControlReply(result=json.dumps(result))
+
+
+class _Token:
+    """Where the answer to a call goes."""
+
+    __slots__ = ("epoch", "number", "stream")
+
+    def __init__(self, stream: _Stream, number: int) -> None:
+        self.stream = stream
+        self.number = number
+        self.epoch = 0
+
+
+class _Stream:
+    """The way back to one client: answers leave in the order they were given, as fast as the client takes them."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+        self._waiting: asyncio.Queue[tuple[int, Reply, Any]] = asyncio.Queue()
+        self._writer = asyncio.create_task(self._write())
+
+    def answer(self, number: int, reply: Reply, newer: Any) -> None:
+        self._waiting.put_nowait((number, reply, newer))
+
+    async def _write(self) -> None:
+        while True:
+            number, reply, newer = await self._waiting.get()
+            header, arrays = encode_reply(reply, newer)
+            for frame in encode(number, header, arrays):
+                await self._context.write(frame)
+
+    def close(self) -> None:
+        self._writer.cancel()

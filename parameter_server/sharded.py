@@ -1,0 +1,268 @@
+"""The store over several shards, whatever lies between: routing, repetition, redirection, deadlines.
+
+Two kinds of link exist: calls inside this process (`local.py`) and gRPC streams (`client.py`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import secrets
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from . import checkpoint
+from .blocks import BlockMap
+from .operations import Operation, Pull, Push
+from .requests import FENCED, TIMEOUT, Clock, PullRequest, PushRequest, Refusal, Reply, RowSet
+from .routing import Share, split
+from .store import Counters, FencedError, Store, StoreError, StoreTimeout
+from .tables import Layout, TableSpec
+
+# Well below the ledger's window of 64, so that a repeated push is always still inside it.
+MAX_OPEN_PUSHES = 32
+RETRY_SECONDS = 0.05
+
+Answer = Reply | ConnectionError
+OnAnswer = Callable[[Answer, BlockMap | None], None]
+
+
+class ShardedStore(Store):
+    """Everything of a store but the link to its shards."""
+
+    def __init__(self, layout: Layout, block_map: BlockMap, timeout: float) -> None:
+        self.layout = layout
+        self.block_map = block_map
+        self.timeout = timeout
+        self.counters = Counters()
+        self.client = secrets.randbits(63)
+        self._sequence = itertools.count(1)
+        self._pushes = threading.Semaphore(MAX_OPEN_PUSHES)
+        self._background = ThreadPoolExecutor(max_workers=max(2, len(block_map.addresses) + 1))
+        self._timer = _Timer()
+
+    @abstractmethod
+    def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
+        """Starts a call; `on_answer` is called once, on any thread."""
+
+    @abstractmethod
+    def _control(self, shard: int, method: str, arguments: Mapping[str, Any]) -> Any:
+        """One administrative call; arguments and result are JSON values. Raises StoreError, TableError, ..."""
+
+    def _control_all(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
+        shards = range(len(self.block_map.addresses))
+        return list(self._background.map(lambda shard: self._control(shard, method, arguments), shards))
+
+    @property
+    def shards(self) -> int:
+        return len(self.block_map.addresses)
+
+    @property
+    def widths(self) -> list[int]:
+        return [slab.width for slab in self.layout.slabs]
+
+    def create_tables(self, tables: Sequence[TableSpec]) -> None:
+        trial = Layout(self.layout.blocks, self.layout.seed)
+        trial.add([*self.layout.tables])
+        trial.add(tables)  # refuses here, before any shard has heard of it
+        self._control_all("create_tables", {"tables": [t.model_dump() for t in tables]})
+        self.layout.add(tables)
+
+    def begin(self, generation: int, workers: int, step: int) -> None:
+        self._control_all("begin", {"generation": generation, "workers": workers, "step": step})
+
+    def pull(self, parts: Sequence[RowSet], clock: Clock | None = None) -> Future[list[np.ndarray]]:
+        self.counters.pulls += 1
+        self.counters.rows_pulled += sum(len(part.index) for part in parts)
+        pull = Pull(parts, self.widths, clock, time.monotonic() + self.timeout)
+        self._start(pull, split(parts, self.block_map.owners))
+        return pull.future
+
+    def push(
+        self,
+        parts: Sequence[RowSet],
+        grads: Sequence[np.ndarray],
+        learning_rates: Sequence[float],
+        clock: Clock | None = None,
+    ) -> Future[None]:
+        deadline = time.monotonic() + self.timeout
+        if not self._pushes.acquire(timeout=self.timeout):
+            raise StoreTimeout(f"push: {MAX_OPEN_PUSHES} earlier pushes are unanswered after {self.timeout:g} s")
+        self.counters.pushes += 1
+        self.counters.rows_pushed += sum(len(part.index) for part in parts)
+        push = Push(self.client, next(self._sequence), parts, grads, learning_rates, clock, deadline)
+        push.future.add_done_callback(lambda _: self._pushes.release())
+        shares = split(parts, self.block_map.owners)
+        if clock is not None:  # every shard keeps every rank's clock, so it hears of pushes without rows for it
+            for shard in range(self.shards):
+                shares.setdefault(shard, [])
+        self._start(push, shares)
+        return push.future
+
+    def _start(self, operation: Operation, shares: dict[int, list[Share]]) -> None:
+        if not shares:
+            operation.succeed()
+            return
+        self._timer.watch(operation)
+        operation.sent(list(shares))
+        for shard in sorted(shares):
+            self._call(operation, shard, shares[shard])
+
+    def _call(self, operation: Operation, shard: int, shares: list[Share]) -> None:
+        request = operation.request(shares, self.block_map.epoch)
+        left = operation.deadline - time.monotonic()
+
+        def on_answer(answer: Answer, newer: BlockMap | None) -> None:
+            try:
+                self._answered(operation, shard, shares, answer, newer)
+            except Exception as error:
+                operation.fail(error)
+
+        # A shard gives up a little earlier than we do, so that it can still say whom it waited for.
+        self._send(shard, request, max(0.001, left * 0.95), on_answer)
+
+    def _answered(
+        self, operation: Operation, shard: int, shares: list[Share], answer: Answer, newer: BlockMap | None
+    ) -> None:
+        if operation.future.done():
+            return
+        if newer is not None and newer.epoch > self.block_map.epoch:
+            self._adopt(newer)
+        if isinstance(answer, ConnectionError):
+            self.counters.retries += 1
+            self._timer.later(RETRY_SECONDS, lambda: self._call(operation, shard, shares))
+            return
+        if isinstance(answer, Refusal):
+            operation.fail(_refused(self.block_map.addresses[shard], answer))
+            return
+        if moved := operation.accept(shares, answer):
+            self.counters.moved += sum(len(share.rows.blocks) for share in moved)
+            self._redirect(operation, shard, moved)
+        if operation.answered(shard):
+            operation.succeed()
+
+    def _redirect(self, operation: Operation, refused_by: int, moved: list[Share]) -> None:
+        by_owner: dict[int, list[Share]] = {}
+        for share in moved:
+            owner = self.block_map.owners[share.rows.blocks]
+            for shard in np.unique(owner).tolist():
+                by_owner.setdefault(shard, []).append(share.select(owner == shard))
+        operation.sent(list(by_owner))
+        for shard, shares in by_owner.items():
+            # Told to go back to the shard that refused: nobody has told us of the new owner yet.
+            delay = RETRY_SECONDS if shard == refused_by else 0.0
+            self._timer.later(delay, lambda shard=shard, shares=shares: self._recall(operation, shard, shares))
+
+    def _recall(self, operation: Operation, shard: int, shares: list[Share]) -> None:
+        if not operation.future.done():
+            self._call(operation, shard, shares)
+
+    def _adopt(self, newer: BlockMap) -> None:
+        self.block_map = newer
+
+    def save(
+        self,
+        directory: str,
+        *,
+        step: int = 0,
+        tensors: Mapping[str, np.ndarray] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> Future[dict[str, Any]]:
+        cuts = self._control_all("mark", {})
+        dense = {name: np.array(tensor) for name, tensor in (tensors or {}).items()}
+
+        def write() -> dict[str, Any]:
+            calls = [
+                self._background.submit(self._control, shard, "write", {"cut": cut, "directory": directory})
+                for shard, cut in enumerate(cuts)
+            ]
+            dense_entry = checkpoint.write_dense(directory, dense)
+            blocks = [entry for call in calls for entry in call.result()]
+            return checkpoint.commit(directory, self.layout, step, blocks, dense_entry, dict(state or {}))
+
+        done: Future[dict[str, Any]] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(write())
+            except Exception as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        return done
+
+    def load(self, directory: str, tables: Mapping[str, str] | None = None) -> dict[str, Any]:
+        names = dict(tables) if tables is not None else {table.name: table.name for table in self.layout.tables}
+        manifest = checkpoint.read_manifest(directory)
+        arguments = {"directory": directory, "tables": names}
+        self._control_all("check_load", arguments)  # every shard verifies before any shard changes a row
+        self._control_all("load", arguments)
+        return manifest.model_dump()
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return self._control_all("statistics", {})
+
+    def close(self) -> None:
+        self._timer.close()
+        self._background.shutdown(wait=False, cancel_futures=True)
+
+
+def _refused(shard: str, refusal: Refusal) -> StoreError:
+    kind = {FENCED: FencedError, TIMEOUT: StoreTimeout}.get(refusal.code, StoreError)
+    return kind(f"shard {shard} refused: {refusal.message}")
+
+
+class _Timer:
+    """One thread that fails operations at their deadlines and starts postponed calls."""
+
+    def __init__(self) -> None:
+        self._wake = threading.Condition()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._watched: dict[int, Operation] = {}
+        self._closed = False
+        threading.Thread(target=self._run, name="store-timer", daemon=True).start()
+
+    def watch(self, operation: Operation) -> None:
+        # The heap holds a number, not the operation: its arrays are freed as soon as it is done.
+        number = next(self._order)
+        self._watched[number] = operation
+        operation.future.add_done_callback(lambda _: self._watched.pop(number, None))
+        self._add(operation.deadline, lambda: self._expire(number))
+
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        self._add(time.monotonic() + seconds, action)
+
+    def _expire(self, number: int) -> None:
+        operation = self._watched.get(number)
+        if operation is not None:
+            shards = ", ".join(str(shard) for shard in sorted(operation.waiting_for))
+            what = type(operation).__name__.lower()
+            operation.fail(StoreTimeout(f"{what}: no answer from shard {shards} within the deadline"))
+
+    def _add(self, when: float, action: Callable[[], None]) -> None:
+        with self._wake:
+            heapq.heappush(self._due, (when, next(self._order), action))
+            if self._due[0][0] == when:
+                self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and (not self._due or self._due[0][0] > time.monotonic()):
+                    self._wake.wait(self._due[0][0] - time.monotonic() if self._due else None)
+                if self._closed:
+                    return
+                action = heapq.heappop(self._due)[2]
+            action()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
