@@ -15,8 +15,8 @@ MISSING_ID = -1
 class Ids:
     """Ids of F features for B samples, feature-major.
 
-    features: the F names. offsets None: exactly one id per (feature, sample), values int64 [F * B]. Otherwise the ids of
-    (feature f, sample b) are values[offsets[f * B + b] : offsets[f * B + b + 1]], offsets int64 [F * B + 1].
+    features: the F names. offsets None: exactly one id per (feature, sample), values int64 [F * B]. Otherwise the ids
+    of (feature f, sample b) are values[offsets[f * B + b] : offsets[f * B + b + 1]], offsets int64 [F * B + 1].
     """
 
     features: tuple[str, ...]
@@ -47,9 +47,9 @@ class Ids:
 
     @classmethod
     def from_dict(cls, ids: Mapping[str, Any]) -> Ids:
-        """Builds from {name: ids [B]} or {name: (values [N], offsets [B + 1])}, numpy arrays or torch tensors on the CPU.
+        """Builds from {name: ids [B]} or {name: (values [N], offsets [B + 1])}.
 
-        The two forms mix; plain ids then become bags of one.
+        Arrays or torch tensors on the CPU. The two forms mix; plain ids then become bags of one.
 
         Raises:
             ValueError: features of different batch sizes, or offsets that do not fit their values; the name is given.
@@ -80,7 +80,9 @@ def _column(name: str, column: Any) -> tuple[np.ndarray, np.ndarray | None]:
         return v, None
     o = np.asarray(offsets).astype(np.int64, copy=False)
     if o.ndim != 1 or len(o) < 1 or o[0] != 0 or o[-1] != len(v) or np.any(np.diff(o) < 0):
-        raise ValueError(f"ids[{name!r}]: offsets must be [B + 1], not decreasing, from 0 to {len(v)} (the number of ids)")
+        raise ValueError(
+            f"ids[{name!r}]: offsets must be [B + 1], not decreasing, from 0 to {len(v)} (the number of ids)"
+        )
     return v, o
 
 

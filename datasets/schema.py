@@ -37,7 +37,7 @@ class CategoricalColumn(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     distinct: int | None = None
-    cardinality: int | None = Field(None, gt=0)
+    cardinality: int | None = Field(default=None, gt=0)
     missing: float | None = None
 
 
@@ -77,14 +77,16 @@ class DataConfig(BaseModel):
     """The `data` section of a run."""
 
     model_config = ConfigDict(extra="forbid")
-    path: str | None = Field(None, description="Parquet file, folder or fsspec URL to train on")
-    eval_path: str | None = Field(None, description="the same, to evaluate on")
-    batch_size: int = Field(512, gt=0, description="rows per step, over all workers together")
-    eval_batch_size: int = Field(4096, gt=0, description="rows per evaluation step, over all workers together")
-    label: str | None = Field(None, description="label column; None: as the files' metadata says")
-    dense: Sequence[str] | None = Field(None, description="numeric columns; None: as the files' metadata says")
-    categorical: Sequence[str] | None = Field(None, description="id columns; None: as the files' metadata says")
-    shuffle: bool = Field(True, description="permute row groups, and rows within a window")
-    window_bytes: int = Field(32 << 20, gt=0, description="decoded bytes that are shuffled together, at most")
-    read_ahead_bytes: int = Field(128 << 20, gt=0, description="decoded bytes held in memory, at most (one window at least)")
-    missing_id: int = Field(MISSING_ID, description="the id that stands for a missing categorical value")
+    path: str | None = Field(default=None, description="Parquet file, folder or fsspec URL to train on")
+    eval_path: str | None = Field(default=None, description="the same, to evaluate on")
+    batch_size: int = Field(default=512, gt=0, description="rows per step, over all workers together")
+    eval_batch_size: int = Field(default=4096, gt=0, description="rows per evaluation step, over all workers together")
+    label: str | None = Field(default=None, description="label column; None: as the files' metadata says")
+    dense: Sequence[str] | None = Field(default=None, description="numeric columns; None: as the files' metadata says")
+    categorical: Sequence[str] | None = Field(default=None, description="id columns; None: as the files' metadata says")
+    shuffle: bool = Field(default=True, description="permute row groups, and rows within a window")
+    window_bytes: int = Field(default=32 << 20, gt=0, description="decoded bytes that are shuffled together, at most")
+    read_ahead_bytes: int = Field(
+        default=128 << 20, gt=0, description="decoded bytes held in memory, at most (one window at least)"
+    )
+    missing_id: int = Field(default=MISSING_ID, description="the id that stands for a missing categorical value")
