@@ -54,7 +54,7 @@ def draw_ids(
 
 @jit
 def draw_dense(first: int, columns: int, key: np.uint64, missing: Array, dense: Array, null: Array) -> None:
-    """dense int32 [D, B], null bool [D, B] with shares missing float64 [D]: exp(1.5 E) - 1, E exponential: heavy-tailed."""
+    """dense int32 [D, B]: exp(1.5 E) - 1 with E exponential, heavy-tailed; null bool [D, B] with shares missing [D]."""
     for k in range(len(dense)):
         for b in range(dense.shape[1]):
             u = _unit(np.uint64((first + b) * columns + columns - 1 - k), key)
