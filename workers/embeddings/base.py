@@ -1,0 +1,129 @@
+"""What a method is: tables, ids to rows, rows to vectors. A new method is one file beside this one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ...parameter_server.tables import Initializer, Optimizer, TableSpec
+from . import kernels
+
+DEFAULT_MAX_ROWS = 1_000_000
+
+
+class EmbeddingError(ValueError):
+    """Embeddings that cannot be as asked: the message names the feature, what was found and what would work."""
+
+
+class FeatureOptions(BaseModel):
+    """How a feature's vectors are composed."""
+
+    model_config = ConfigDict(extra="forbid")
+    method: str = Field(default="full", description="full | hash")
+    dim: int = Field(default=16, gt=0, le=4096, description="floats per vector")
+    ratio: float | None = Field(default=None, ge=1, description="times smaller than `full` would be here")
+    rows: int | None = Field(default=None, gt=0, description="rows of the hashed table, instead of a ratio")
+    max_rows: int = Field(default=DEFAULT_MAX_ROWS, gt=0, description="most rows of `full` without a cardinality")
+    out_of_range: Literal["error", "modulo"] = Field(default="error", description="ids beyond the declared cardinality")
+    pooling: Literal["sum", "mean"] = Field(default="sum", description="how a bag's vectors become one")
+
+
+class Feature(FeatureOptions):
+    """One categorical input. cardinality: ids lie in [0, cardinality); distinct: an estimate of how many occur."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(min_length=1)
+    cardinality: int | None = Field(default=None, gt=0)
+    distinct: int | None = Field(default=None, ge=0)
+    seed: int = 0
+
+    @property
+    def full_rows(self) -> int:
+        """Rows that `full` uses: the cardinality, or min(2 x distinct, max_rows) hashed ones."""
+        if self.cardinality is not None:
+            return self.cardinality
+        return self.max_rows if self.distinct is None else max(1, min(2 * self.distinct, self.max_rows))
+
+    def key(self, purpose: str = "") -> int:
+        """64 bits that depend on (seed, name, purpose) alone: what seeds this feature's hash functions."""
+        text = f"{self.seed}/{self.name}/{purpose}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """ids to rows, declared rather than coded, so that one kernel maps all features of a batch at once.
+
+    index: (id div divisor) mod modulus, with floor division; with a `limit`, an id outside [0, limit) is an error.
+    hash: a 64-bit mix of (id, seed), scaled to [0, modulus) by the upper half of the product (bias below 2^-23 for any
+    modulus up to 2^41; Lemire 2019). Identity is index with modulus = limit = cardinality.
+    """
+
+    kind: Literal["index", "hash"]
+    modulus: int
+    divisor: int = 1
+    limit: int | None = None
+    seed: int = 0
+
+    @property
+    def code(self) -> int:
+        return kernels.HASH if self.kind == "hash" else kernels.INDEX
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One read per id: `table` is an index into the method's tables."""
+
+    table: int
+    map: RowMap
+
+
+class Method(nn.Module, ABC):
+    """How one feature's ids become vectors. Dense parameters are ordinary nn.Parameters of the subclass.
+
+    A subclass hands its tables and lookups to `__init__` and composes. `options` are the size options it takes;
+    `output`: one vector per feature [B, F, d], or one per sample [B, m].
+    """
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    output: ClassVar[Literal["feature", "sample"]] = "feature"
+    # True where the vector *is* the row of the only lookup: such features share one gather.
+    is_row: ClassVar[bool] = False
+
+    def __init__(self, feature: Feature, tables: Sequence[TableSpec], lookups: Sequence[Lookup]) -> None:
+        super().__init__()
+        self.feature = feature
+        self.tables = tuple(tables)
+        self.lookups = tuple(lookups)
+
+    @abstractmethod
+    def compose(self, rows: Sequence[Tensor]) -> Tensor:
+        """Vectors [N, d] of N ids from what each lookup read, [N, width of its table] each; before any pooling."""
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained numbers: all rows of the tables, and the dense parameters."""
+        return sum(t.rows * t.width for t in self.tables) + sum(p.numel() for p in self.parameters())
+
+
+class RowMethod(Method):
+    """A method whose vector is a row of its only table, `rows` x d."""
+
+    is_row = True
+
+    def __init__(self, feature: Feature, optimizer: Optimizer, role: str, rows: int, row_map: RowMap) -> None:
+        # DLRM's initial values: U(+-sqrt(1/n)) for a table of n rows.
+        initial = Initializer(kind="uniform", scale=math.sqrt(1 / rows))
+        name = f"{feature.name}.{role}"
+        table = TableSpec(name=name, rows=rows, width=feature.dim, initializer=initial, optimizer=optimizer)
+        super().__init__(feature, [table], [Lookup(0, row_map)])
+
+    def compose(self, rows: Sequence[Tensor]) -> Tensor:
+        return rows[0]

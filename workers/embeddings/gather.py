@@ -1,0 +1,78 @@
+"""From the pulled rows of a batch to one vector per (sample, feature), and gradients back to those rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import kernels
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().contiguous().numpy()
+    return array
+
+
+class _Gather(torch.autograd.Function):
+    """rows [U, d], inverse int32 [F * B] -> [B, F, d]; sums gradients per row in the order of the occurrences."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, inverse: np.ndarray, features: int) -> Tensor:
+        ctx.inverse, ctx.rows = inverse, len(rows)
+        out = rows.new_empty(len(inverse) // features, features, rows.shape[1])
+        kernels.gather_vectors(_array(rows), inverse, out.numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        out = grad.new_zeros(ctx.rows, grad.shape[2])
+        kernels.scatter_vectors(_array(grad), ctx.inverse, out.numpy())
+        return out, None, None
+
+
+class _Pool(torch.autograd.Function):
+    """rows [U, d], inverse int32 [N], offsets int64 [F * B + 1] -> [B, F, d], sum or mean of each bag."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, inverse: np.ndarray, offsets: np.ndarray, features: int, mean: bool) -> Tensor:
+        ctx.inverse, ctx.offsets, ctx.mean, ctx.rows = inverse, offsets, mean, len(rows)
+        out = rows.new_empty((len(offsets) - 1) // features, features, rows.shape[1])
+        kernels.pool_bags(_array(rows), inverse, offsets, mean, out.numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        out = grad.new_zeros(ctx.rows, grad.shape[2])
+        kernels.spread_bags(_array(grad), ctx.inverse, ctx.offsets, ctx.mean, out.numpy())
+        return out, None, None, None, None
+
+
+def read_rows(rows: Tensor, inverse: np.ndarray) -> Tensor:
+    """One row per id: rows [U, w] at inverse int32 [N] -> [N, w]."""
+    return vectors(rows, inverse, 1)[:, 0]
+
+
+def vectors(rows: Tensor, inverse: np.ndarray, features: int) -> Tensor:
+    """One id per (sample, feature): rows [U, d], inverse int32 [F * B], feature-major -> [B, F, d]."""
+    if rows.device.type == "cpu":
+        out: Tensor = _Gather.apply(rows, inverse, features)  # type: ignore[no-untyped-call]
+        return out
+    index = torch.from_numpy(inverse).to(rows.device, non_blocking=True)
+    return F.embedding(index.view(features, -1).t(), rows)
+
+
+def pooled(rows: Tensor, inverse: np.ndarray, offsets: np.ndarray, features: int, pooling: str) -> Tensor:
+    """Bags: rows [U, d], inverse int32 [N], offsets int64 [F * B + 1], feature-major -> [B, F, d]."""
+    if rows.device.type == "cpu":
+        out: Tensor = _Pool.apply(rows, inverse, offsets, features, pooling == "mean")  # type: ignore[no-untyped-call]
+        return out
+    index = torch.from_numpy(inverse.astype(np.int64)).to(rows.device, non_blocking=True)
+    starts = torch.from_numpy(offsets).to(rows.device, non_blocking=True)
+    bags = F.embedding_bag(index, rows, starts, mode=pooling, include_last_offset=True)
+    return bags.view(features, -1, rows.shape[1]).transpose(0, 1)

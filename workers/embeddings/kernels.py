@@ -1,0 +1,143 @@
+"""Free functions over arrays: ids to rows, rows to vectors and back. Each has a numpy oracle in the tests.
+
+The numbers that `map_ids` gives are part of the checkpoint format: they never change.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...parameter_server.jit import jit
+from ...parameter_server.placement_kernels import mix64
+
+INDEX = 0
+HASH = 1
+
+_U64 = np.uint64
+
+
+@jit
+def multiply_high(a: np.uint64, b: np.uint64) -> np.uint64:
+    """The upper 64 bits of the 128-bit product a * b."""
+    a_high, a_low = a >> _U64(32), a & _U64(0xFFFFFFFF)
+    b_high, b_low = b >> _U64(32), b & _U64(0xFFFFFFFF)
+    middle = a_high * b_low + ((a_low * b_low) >> _U64(32))
+    other = a_low * b_high + (middle & _U64(0xFFFFFFFF))
+    return a_high * b_high + (middle >> _U64(32)) + (other >> _U64(32))
+
+
+@jit
+def map_ids(
+    values: np.ndarray,
+    begins: np.ndarray,
+    ends: np.ndarray,
+    kinds: np.ndarray,
+    seeds: np.ndarray,
+    divisors: np.ndarray,
+    moduli: np.ndarray,
+    limits: np.ndarray,
+    segments: np.ndarray,
+    rows: np.ndarray,
+) -> np.int64:
+    """Fills `rows` int64 [N] with the rows of all lookups of one slab, one lookup after another.
+
+    Lookup l reads values[begins[l] : ends[l]] (int64 ids) and writes from segments[l] (int64 [L + 1]) on. kinds uint8,
+    the rest int64 except seeds uint64, all [L]; see `RowMap` for the arithmetic. Returns the first position of `rows`
+    whose id lies outside [0, limit) where a limit is set, otherwise -1.
+    """
+    for lookup in range(len(kinds)):
+        out = segments[lookup]
+        modulus = moduli[lookup]
+        if kinds[lookup] == HASH:
+            seed = seeds[lookup]
+            for i in range(begins[lookup], ends[lookup]):
+                # Mixed, keyed and mixed again: two seeds give unrelated functions, not permuted copies of one.
+                word = mix64(mix64(_U64(values[i])) ^ seed)
+                rows[out] = np.int64(multiply_high(word, _U64(modulus)))
+                out += 1
+            continue
+        limit = limits[lookup]
+        divisor = divisors[lookup]
+        for i in range(begins[lookup], ends[lookup]):
+            value = values[i]
+            if limit > 0 and (value < 0 or value >= limit):
+                return np.int64(out)
+            rows[out] = value if limit == modulus and divisor == 1 else (value // divisor) % modulus
+            out += 1
+    return np.int64(-1)
+
+
+@jit
+def gather_vectors(rows: np.ndarray, inverse: np.ndarray, out: np.ndarray) -> None:
+    """out [B, F, d] <- rows [U, d] at inverse [F * B] (feature-major, as ids stand in a batch)."""
+    batch, features, width = out.shape
+    for b in range(batch):
+        for f in range(features):
+            source = inverse[f * batch + b]
+            for j in range(width):
+                out[b, f, j] = rows[source, j]
+
+
+@jit
+def scatter_vectors(grad: np.ndarray, inverse: np.ndarray, out: np.ndarray) -> None:
+    """The transpose of `gather_vectors`: out [U, d] (zeros) += grad [B, F, d], samples in order, features in order.
+
+    The order is that of the occurrences in the batch, never that of the rows: the sums do not depend on the layout.
+    """
+    batch, features, width = grad.shape
+    for b in range(batch):
+        for f in range(features):
+            target = inverse[f * batch + b]
+            for j in range(width):
+                out[target, j] += grad[b, f, j]
+
+
+@jit
+def pool_bags(rows: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, mean: bool, out: np.ndarray) -> None:
+    """out [B, F, d] <- sum or mean over each bag; bag f * B + b is inverse[offsets[f * B + b] : offsets[... + 1]].
+
+    An empty bag gives zeros, as torch.nn.EmbeddingBag does.
+    """
+    batch, features, width = out.shape
+    for b in range(batch):
+        for f in range(features):
+            begin, end = offsets[f * batch + b], offsets[f * batch + b + 1]
+            for j in range(width):
+                out[b, f, j] = 0
+            for i in range(begin, end):
+                source = inverse[i]
+                for j in range(width):
+                    out[b, f, j] += rows[source, j]
+            if mean and end - begin > 1:
+                size = np.float32(end - begin)
+                for j in range(width):
+                    out[b, f, j] /= size
+
+
+@jit
+def spread_bags(grad: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, mean: bool, out: np.ndarray) -> None:
+    """The transpose of `pool_bags`: out [U, d] (zeros) += grad [B, F, d], in the order of the occurrences."""
+    batch, features, width = grad.shape
+    for b in range(batch):
+        for f in range(features):
+            begin, end = offsets[f * batch + b], offsets[f * batch + b + 1]
+            size = np.float32(end - begin) if mean else np.float32(1)
+            for i in range(begin, end):
+                target = inverse[i]
+                for j in range(width):
+                    out[target, j] += grad[b, f, j] / size
+
+
+def warm_up() -> None:
+    """Compiles every kernel for the types that training uses, so that no timed step does."""
+    one = np.ones(1, np.int64)
+    zero = np.zeros(1, np.int64)
+    segments = np.array([0, 1])
+    map_ids(
+        one, zero, one, np.zeros(1, np.uint8), np.zeros(1, np.uint64), one, one, zero, segments, np.empty(1, np.int64)
+    )
+    rows, vectors, inverse = np.ones((1, 2), np.float32), np.ones((1, 1, 2), np.float32), np.zeros(1, np.int32)
+    gather_vectors(rows, inverse, vectors)
+    scatter_vectors(vectors, inverse, rows)
+    pool_bags(rows, inverse, segments, False, vectors)
+    spread_bags(vectors, inverse, segments, False, rows)

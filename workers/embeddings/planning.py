@@ -1,0 +1,142 @@
+"""From settings and a dataset's columns to features and their methods, and the table that shows what came out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...datasets.schema import Schema
+from ...parameter_server.tables import Optimizer
+from .base import EmbeddingError, Feature, FeatureOptions, Method
+from .full import Full
+from .hash import Hash
+
+
+class MethodType(Protocol):
+    """The class of a method, as the table below holds it."""
+
+    options: frozenset[str]
+
+    def __call__(self, feature: Feature, optimizer: Optimizer) -> Method: ...
+
+
+METHODS: dict[str, MethodType] = {"full": Full, "hash": Hash}
+SIZE_OPTIONS = ("ratio", "rows")
+
+
+class FeatureOverride(BaseModel):
+    """`embedding.features.NAME`: what differs for one feature. cardinality: ids lie in [0, cardinality)."""
+
+    model_config = ConfigDict(extra="forbid")
+    method: str | None = None
+    dim: int | None = Field(default=None, gt=0, le=4096)
+    ratio: float | None = Field(default=None, ge=1)
+    rows: int | None = Field(default=None, gt=0)
+    max_rows: int | None = Field(default=None, gt=0)
+    out_of_range: Literal["error", "modulo"] | None = None
+    pooling: Literal["sum", "mean"] | None = None
+    cardinality: int | None = Field(default=None, gt=0)
+
+
+class EmbeddingConfig(FeatureOptions):
+    """The `embedding` section of a run."""
+
+    placement: Literal["sharded"] = Field(default="sharded", description="where the tables live")
+    features: dict[str, FeatureOverride] = Field(default_factory=dict, description="what differs, by feature")
+
+
+def plan_features(schema: Schema, config: EmbeddingConfig, seed: int = 0) -> list[Feature]:
+    """One Feature per categorical column, in the columns' order.
+
+    Raises:
+        EmbeddingError: `embedding.features` names a column that does not exist, or a method does not take its options.
+    """
+    names = schema.categorical_names
+    for name in config.features:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(names)}"
+            raise EmbeddingError(f"embedding.features.{name}: the dataset has no such categorical column; {hint}")
+    general = {option: getattr(config, option) for option in FeatureOptions.model_fields}
+    features = []
+    for column in schema.categorical:
+        override = config.features.get(column.name, FeatureOverride())
+        own = override.model_dump(exclude_none=True)
+        # Sizes belong to a method: one that is overridden does not inherit those of another.
+        kept = general if "method" not in own else {k: v for k, v in general.items() if k not in SIZE_OPTIONS}
+        stated: dict[str, Any] = {"cardinality": column.cardinality, "distinct": column.distinct, **kept, **own}
+        feature = Feature(name=column.name, seed=seed, **stated)
+        _check_options(feature)
+        features.append(feature)
+    return features
+
+
+def build_method(feature: Feature, optimizer: Optimizer) -> Method:
+    """Raises EmbeddingError: an unknown method, or options that it cannot work with."""
+    _check_options(feature)
+    return METHODS[feature.method](feature, optimizer)
+
+
+def _check_options(feature: Feature) -> None:
+    if feature.method not in METHODS:
+        raise EmbeddingError(f"embedding.method: unknown method {feature.method!r}; one of {', '.join(METHODS)}")
+    taken = METHODS[feature.method].options
+    for option in SIZE_OPTIONS:
+        if getattr(feature, option) is not None and option not in taken:
+            others = [name for name, method in METHODS.items() if option in method.options]
+            raise EmbeddingError(
+                f"feature {feature.name!r}: method {feature.method} takes no {option}; "
+                f"leave embedding.{option} out, or choose embedding.method={others[0]}"
+            )
+
+
+class EmbeddingSize(BaseModel):
+    """What the tables amount to. `full_parameters`: the same features with method `full`; bytes are float32."""
+
+    parameters: int
+    full_parameters: int
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.parameters
+
+    @property
+    def full_bytes(self) -> int:
+        return 4 * self.full_parameters
+
+    @property
+    def ratio(self) -> float:
+        return self.full_parameters / self.parameters
+
+    @classmethod
+    def of(cls, methods: Iterable[Method]) -> EmbeddingSize:
+        methods = list(methods)
+        full = sum(m.feature.full_rows * m.feature.dim for m in methods)
+        return cls(parameters=sum(m.parameter_count for m in methods), full_parameters=full)
+
+
+def feature_table(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """One record per feature, to print: what the ratio is taken against stands beside it.
+
+    ids: the declared cardinality, or "~" and the estimated number of distinct ids, or "?".
+    """
+    records = []
+    for method in methods:
+        feature, size = method.feature, EmbeddingSize.of([method])
+        estimate = "?" if feature.distinct is None else f"~{feature.distinct}"
+        records.append(
+            {
+                "feature": feature.name,
+                "ids": estimate if feature.cardinality is None else str(feature.cardinality),
+                "method": feature.method,
+                "rows": sum(table.rows for table in method.tables),
+                "width": feature.dim,
+                "parameters": size.parameters,
+                "full_rows": feature.full_rows,
+                "ratio": round(size.ratio, 3),
+            }
+        )
+    return records

@@ -1,0 +1,82 @@
+"""DLRM (Naumov et al. 2019, arXiv 1906.00091) as facebookresearch/dlrm defines it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .base import Model, mlp
+
+
+class _LowerDots(torch.autograd.Function):
+    """x [B, n, d] -> x x^T below the diagonal, row by row [B, n (n - 1) / 2].
+
+    Autograd's own way multiplies twice on the way back and scatters; here the gradient is one symmetric matrix, read by
+    index, and one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lower: Tensor, mirror: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mirror)
+        return torch.bmm(x, x.transpose(1, 2)).flatten(1).index_select(1, lower)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mirror = ctx.saved_tensors
+        batch, n, _ = x.shape
+        both = grad.index_select(1, mirror).view(batch, n, n)
+        both.diagonal(dim1=1, dim2=2).zero_()
+        return torch.bmm(both, x), None, None
+
+
+class DotInteraction(torch.nn.Module):
+    """Dot products of all pairs of distinct vectors: [B, n, d] -> [B, n (n - 1) / 2], pair (i, j < i) in row order."""
+
+    lower: Tensor
+    mirror: Tensor
+
+    def __init__(self, vectors: int) -> None:
+        super().__init__()
+        row, column = torch.tril_indices(vectors, vectors, -1)
+        place = torch.zeros(vectors, vectors, dtype=torch.int64)
+        place[row, column] = place[column, row] = torch.arange(len(row))
+        self.register_buffer("lower", row * vectors + column, persistent=False)
+        self.register_buffer("mirror", place.flatten(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _LowerDots.apply(x, self.lower, self.mirror)  # type: ignore[no-untyped-call]
+        return out
+
+
+class DLRM(Model):
+    """Bottom MLP over the dense columns, dot interaction of its output with the feature vectors, top MLP to one logit.
+
+    ReLU after every layer of the bottom, also its last; the top's last layer is linear. Without dense columns there is
+    no bottom MLP and only the feature vectors interact.
+    """
+
+    def __init__(
+        self, dense: int, features: int, dim: int, *, bottom: Sequence[int], top: Sequence[int], seed: int = 0
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.bottom = mlp([dense, *bottom, dim], generator, linear_last=False) if dense else None
+        vectors = features + 1 if dense else features
+        self.interaction = DotInteraction(vectors)
+        width = (dim if dense else 0) + vectors * (vectors - 1) // 2
+        self.top = mlp([width, *top, 1], generator, linear_last=True)
+
+    def forward(self, dense: Tensor, vectors: Tensor) -> Tensor:
+        if self.bottom is None:
+            inputs = self.interaction(vectors)
+        else:
+            below = self.bottom(dense)
+            pairs = self.interaction(torch.cat([below.unsqueeze(1), vectors], 1))
+            inputs = torch.cat([below, pairs], 1)
+        logits: Tensor = self.top(inputs)
+        return logits.squeeze(1)
