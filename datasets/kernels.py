@@ -173,3 +173,16 @@ def count_distinct(ids: Array, present: Array, precision: int, registers: Array)
                     rank += 1
                 if rank > registers[f, register]:
                     registers[f, register] = rank
+
+
+def warm_up() -> None:
+    """Compiles the kernels of the reader, or loads them from the cache, so that no batch waits for the compiler."""
+    rows = references(np.ones(1, np.int64))
+    shuffle(rows, np.uint64(mix(np.uint64(0), np.uint64(0))))
+    value = np.zeros(1, np.int64)
+    address, none = np.full((1, 1), value.ctypes.data, np.uint64), np.zeros((1, 1), np.uint64)
+    kinds, bit = np.full(1, INT64), np.zeros((1, 1), np.int64)
+    gather_labels(rows, 0, address[0], none[0], bit[0], np.empty(1, np.float32))
+    gather_dense(rows, 0, kinds, address, none, bit, True, LOG1P_TABLE, np.empty((1, 1), np.float32))
+    gather_ids(rows, 0, kinds, address, none, bit, -1, np.empty((1, 1), np.int64))
+    count_distinct(value.reshape(1, 1), np.ones((1, 1), np.bool_), 1, np.zeros((1, 2), np.uint8))

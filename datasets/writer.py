@@ -66,7 +66,7 @@ class PartWriter:
         self.rows += len(block.labels)
         self.positives += int(block.labels.sum(dtype=np.int64))
         self._nulls += np.concatenate([block.dense_null.sum(axis=1), block.ids_null.sum(axis=1)])
-        self._sketch.add(block.ids, ~block.ids_null)
+        self._sketch.add(np.ascontiguousarray(block.ids), ~block.ids_null)
 
     def _describe(self) -> Schema:
         missing = [float(share) for share in self._nulls / max(1, self.rows)]

@@ -1,0 +1,148 @@
+"""What a data set holds, for a person who wants to train on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .batch import MISSING_ID
+from .decode import DecodedWindow, RowGroupReader
+from .files import DataFile, read_footers, schema_of
+from .order import Window, row_order
+from .schema import METADATA_KEY, DataConfig, DataError, Schema
+
+_EXAMPLES = 3
+_LABELS = ("label", "click", "clicked", "is_click", "target", "y")
+_DENSE = re.compile(r"(i|int|dense|num)_?\d+", re.IGNORECASE)
+
+
+def describe(path: str, verify: bool = False) -> dict[str, Any]:
+    """Summarises the Parquet data set at `path`, also one that was not written by embershard.
+
+    Returns:
+        {source, files, row_groups, rows, bytes (on disk), positives, label_rate, best_auc, columns, examples, mapping},
+        None where nobody counted. columns: a dict per column with name, role (label, dense, categorical, unused), type,
+        distinct, cardinality, missing (share of nulls). examples: the first rows. mapping: the settings data.label,
+        data.dense and data.categorical, proposed from names and types where the files do not state them. With `verify`
+        every row is read, and problems lists what is wrong with it, nothing if all is well.
+
+    Raises:
+        DataError: nothing there, a file that is not Parquet, or files of different columns.
+    """
+    files = read_footers(path)
+    stated = all(METADATA_KEY in file.metadata for file in files)
+    mapping = None if stated else _propose(files[0])
+    schema = None if mapping and mapping["label"] is None else schema_of(path, files, DataConfig(**(mapping or {})))
+    if schema is not None:
+        mapping = {"label": schema.label, "dense": schema.dense_names, "categorical": schema.categorical_names}
+    rows = sum(sum(file.rows) for file in files)
+    positives = schema.positives if schema is not None else None
+    summary: dict[str, Any] = {
+        "source": schema.source if stated and schema is not None else "parquet",
+        "files": len(files),
+        "row_groups": sum(len(file.rows) for file in files),
+        "rows": rows,
+        "bytes": sum(int(file.fs.size(file.path)) for file in files),
+        "positives": positives,
+        "label_rate": positives / rows if positives is not None and rows else None,
+        "best_auc": schema.best_auc if schema is not None else None,
+        "columns": _columns(files, schema, mapping or {}),
+        "examples": _examples(files[0]),
+        "mapping": {f"data.{role}": names for role, names in (mapping or {}).items()},
+    }
+    if verify:
+        summary["problems"] = ["no label column was found"] if schema is None else _verify(files, schema)
+    return summary
+
+
+def _propose(file: DataFile) -> dict[str, Any]:
+    """Roles by name and type: a label, floats and i1, i2, ... as dense values, other integers as ids."""
+    fields = {field.name: field.type for field in file.arrow_schema}
+    known = {name.lower(): name for name in fields}
+    label = next((known[name] for name in _LABELS if name in known), None)
+    rest = {name: of for name, of in fields.items() if name != label}
+    dense = [
+        n for n, of in rest.items() if pa.types.is_floating(of) or (pa.types.is_integer(of) and _DENSE.fullmatch(n))
+    ]
+    categorical = [n for n, of in rest.items() if pa.types.is_integer(of) and n not in dense]
+    return {"label": label, "dense": dense, "categorical": categorical}
+
+
+def _columns(files: Sequence[DataFile], schema: Schema | None, mapping: dict[str, Any]) -> list[dict[str, Any]]:
+    roles = dict.fromkeys(mapping.get("dense", []), "dense")
+    roles |= dict.fromkeys(mapping.get("categorical", []), "categorical") | {mapping.get("label"): "label"}
+    counted = {column.name: column for column in [*schema.dense, *schema.categorical]} if schema is not None else {}
+    nulls = None if all(column.missing is not None for column in counted.values()) and counted else _nulls(files)
+    return [
+        {
+            "name": field.name,
+            "role": roles.get(field.name, "unused"),
+            "type": str(field.type),
+            "distinct": getattr(counted.get(field.name), "distinct", None),
+            "cardinality": getattr(counted.get(field.name), "cardinality", None),
+            "missing": nulls.get(field.name)
+            if nulls is not None
+            else getattr(counted.get(field.name), "missing", None),
+        }
+        for field in files[0].arrow_schema
+    ]
+
+
+def _nulls(files: Sequence[DataFile]) -> dict[str, float]:
+    """Shares of nulls from the statistics in the footers, for the columns that have them everywhere."""
+    nulls: dict[str, int] = {}
+    unknown: set[str] = set()
+    for file in files:
+        with file.open() as parquet:
+            footer = parquet.metadata
+            for group in range(footer.num_row_groups):
+                for number in range(footer.num_columns):
+                    chunk = footer.row_group(group).column(number)
+                    if chunk.statistics is not None and chunk.statistics.has_null_count:
+                        nulls[chunk.path_in_schema] = nulls.get(chunk.path_in_schema, 0) + chunk.statistics.null_count
+                    else:
+                        unknown.add(chunk.path_in_schema)
+    rows = max(1, sum(sum(file.rows) for file in files))
+    return {name: count / rows for name, count in nulls.items() if name not in unknown}
+
+
+def _examples(file: DataFile) -> list[dict[str, Any]]:
+    with file.open() as parquet:
+        return _first_rows(parquet)
+
+
+def _first_rows(parquet: pq.ParquetFile) -> list[dict[str, Any]]:
+    for batch in parquet.iter_batches(batch_size=_EXAMPLES):
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    return []
+
+
+def _verify(files: Sequence[DataFile], schema: Schema) -> list[str]:
+    """Reads every row as training would."""
+    problems: list[str] = []
+    positives = 0
+    try:
+        reader = RowGroupReader(files, schema)
+    except DataError as error:
+        return [str(error)]
+    for group in reader.row_groups():
+        window = Window(0, (group,))
+        labels = np.empty(group.rows, np.float32)
+        dense = np.empty((group.rows, len(schema.dense)), np.float32)
+        ids = np.empty((len(schema.categorical), group.rows), np.int64)
+        try:
+            decoded = DecodedWindow(reader, window, row_order(0, 0, window, shuffled=False))
+            decoded.gather(0, group.rows, 0, labels, dense, ids, MISSING_ID)
+            positives += int(labels.sum(dtype=np.float64))
+        except DataError as error:
+            problems.append(str(error))
+    reader.close()
+    if not problems and schema.positives is not None and positives != schema.positives:
+        problems.append(f"{positives} rows have label 1, the metadata says {schema.positives}")
+    return problems
