@@ -76,18 +76,16 @@ def _propose(file: DataFile) -> dict[str, Any]:
 def _columns(files: Sequence[DataFile], schema: Schema | None, mapping: dict[str, Any]) -> list[dict[str, Any]]:
     roles = dict.fromkeys(mapping.get("dense", []), "dense")
     roles |= dict.fromkeys(mapping.get("categorical", []), "categorical") | {mapping.get("label"): "label"}
-    counted = {column.name: column for column in [*schema.dense, *schema.categorical]} if schema is not None else {}
-    nulls = None if all(column.missing is not None for column in counted.values()) and counted else _nulls(files)
+    counted = {column.name: column for column in schema.categorical} if schema is not None else {}
+    nulls = _nulls(files)
     return [
         {
             "name": field.name,
             "role": roles.get(field.name, "unused"),
             "type": str(field.type),
-            "distinct": getattr(counted.get(field.name), "distinct", None),
-            "cardinality": getattr(counted.get(field.name), "cardinality", None),
-            "missing": nulls.get(field.name)
-            if nulls is not None
-            else getattr(counted.get(field.name), "missing", None),
+            "distinct": counted[field.name].distinct if field.name in counted else None,
+            "cardinality": counted[field.name].cardinality if field.name in counted else None,
+            "missing": nulls.get(field.name),
         }
         for field in files[0].arrow_schema
     ]
