@@ -47,7 +47,7 @@ def exit_code(error: BaseException) -> ExitCode:
 def one_line(error: BaseException) -> str:
     """The error in one line; an error that is not ours also says its type, which is often half of the news."""
     text = " ".join(str(error).split())
-    if type(error).__module__.startswith("embershard.") or isinstance(error, KeyboardInterrupt):
+    if _is_ours(error):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -57,9 +57,22 @@ def root_cause(error: BaseException) -> BaseException:
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
-        failures = getattr(error, "worker_failures", None)
-        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        inner = inner or getattr(error, "controller_failure", None) or getattr(error, "cause", None)
-        if isinstance(inner, BaseException):
-            error = inner
+        error = _inside(error) or error
     return error
+
+
+def _inside(error: BaseException) -> BaseException | None:
+    failures = getattr(error, "worker_failures", None)
+    if isinstance(failures, dict) and failures:
+        causes = [root_cause(failure) for failure in failures.values()]
+        # When one rank fails, its peers fail too, with broken connections: ours says more.
+        return next((cause for cause in causes if _is_ours(cause)), causes[0])
+    for wrapper in ("controller_failure", "_base_exc", "cause"):
+        inner = getattr(error, wrapper, None)
+        if isinstance(inner, BaseException):
+            return inner
+    return None
+
+
+def _is_ours(error: BaseException) -> bool:
+    return any(c.__module__.startswith("embershard.") for c in type(error).__mro__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -37,34 +37,33 @@ class ProgressReporter:
         self._console.print(text, markup=False)
 
     def advance(self, record: Mapping[str, Any]) -> None:
-        """record: step, and where known steps_total, loss, samples_per_second, pull_wait_seconds."""
+        """Training: step, and where known steps_total, loss, samples_per_second."""
+        self._show("step", record["step"], record.get("steps_total"), _numbers(record))
+
+    def counter(self, unit: str) -> Callable[[int, int], None]:
+        """A callback (done, total) for work that is not training; total 0: not known."""
+        return lambda done, total: self._show(unit, done, total or None, "")
+
+    def _show(self, unit: str, done: int, total: int | None, numbers: str) -> None:
         if self._console.is_terminal:
-            self._draw(record)
+            self._draw(done, total, numbers)
         elif time.monotonic() - self._last_line >= self._interval:
             self._last_line = time.monotonic()
-            self.note(describe(record))
+            self.note(f"{unit} {done:,}" + (f"/{total:,}" if total else "") + (f"  {numbers}" if numbers else ""))
 
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
-    def _draw(self, record: Mapping[str, Any]) -> None:
-        total = record.get("steps_total")
+    def _draw(self, done: int, total: int | None, numbers: str) -> None:
         if self._bar is None:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task("", total=total)
             self._bar.start()
         assert self._task is not None
-        self._bar.update(self._task, completed=record["step"], total=total, description=_numbers(record))
-
-
-def describe(record: Mapping[str, Any]) -> str:
-    """A record in one line: `step 400/4,000  loss 0.4512  12,345 samples/s`."""
-    total = record.get("steps_total")
-    step = f"step {record['step']:,}" + (f"/{total:,}" if total else "")
-    return f"{step}  {_numbers(record)}".rstrip()
+        self._bar.update(self._task, completed=done, total=total, description=numbers)
 
 
 def _numbers(record: Mapping[str, Any]) -> str:

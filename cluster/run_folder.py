@@ -158,8 +158,8 @@ def _take_lock(lock: TextIO, path: Path) -> None:
 def _what_exists(path: Path) -> str | None:
     if is_run(path):
         return "a run"
-    # Never mix a run into somebody's folder of other things.
-    others = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+    # Never mix a run into somebody's folder of other things; `data` is what the built-in run generates first.
+    others = sorted(p.name for p in path.iterdir() if p.name not in {".lock", "data"})
     return f"other files ({others[0]}, ...)" if others else None
 
 

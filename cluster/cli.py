@@ -1,0 +1,62 @@
+"""The `embershard` command: arguments in, exit code and one-line errors out. The work is done elsewhere.
+
+Commands import what they need when they run: `embershard --help` loads neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from .cli_data import convert, generate, inspect
+from .cli_train import evaluate, train
+from .doctor import doctor
+from .errors import exit_code, one_line
+
+# click's UsageError; typer moved it between versions.
+UsageError = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="embershard",
+    help="Train recommendation models whose embedding tables are too large for one machine.",
+    epilog="Start with: embershard train",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(evaluate)
+app.command()(convert)
+app.command()(generate)
+app.command()(inspect)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Runs the command line and exits: 0 success, 1 the run failed, 2 the user's input is wrong, 130 interrupted."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        _print_error(f"{error.format_message()} See `{context.command_path if context else 'embershard'} --help`.")  # type: ignore[attr-defined]
+        sys.exit(2)
+    except BrokenPipeError:  # `embershard inspect ... | head`
+        sys.stderr.close()
+        sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        _print_error("interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error))
+        sys.exit(exit_code(error))
+
+
+def _print_error(text: str) -> None:
+    print(f"embershard: {text}", file=sys.stderr)

@@ -1,0 +1,139 @@
+"""`embershard convert`, `generate` and `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_options import Debug, Json, print_json
+from .errors import ConfigError, RunFailed
+from .formatting import aligned, readable_bytes
+
+
+class Source(StrEnum):
+    """Formats that `convert` reads."""
+
+    CRITEO = "criteo"
+
+
+class OnBadRows(StrEnum):
+    """What a row that cannot be read does to a conversion."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+def convert(
+    source: Annotated[Source, typer.Argument(metavar="SOURCE", help="criteo")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="INPUT... OUTPUT", help="Files or folders to read; folder to write.")
+    ],
+    on_bad_rows: Annotated[
+        OnBadRows, typer.Option(help="Stop at a row that cannot be read, or count and skip it.")
+    ] = OnBadRows.FAIL,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a public dataset's files into Parquet that `train` reads.
+
+    criteo: the Kaggle and Terabyte click logs, plain or .gz, and the variant with a header and decimal ids.
+
+    \b
+    Examples:
+      embershard convert criteo train.txt criteo/
+      embershard convert criteo day_0.gz day_1.gz terabyte/ --on-bad-rows skip
+    """
+    if len(paths) < 2:
+        raise ConfigError("convert: give at least one INPUT and the OUTPUT folder, in this order")
+    from ..datasets.criteo import convert_criteo
+    from .progress import ProgressReporter
+
+    *inputs, output = paths
+    with ProgressReporter() as progress:
+        summary = convert_criteo(inputs, output, on_bad_rows=on_bad_rows.value, progress=progress.counter("byte"))
+    _print_record(summary)
+    if json:
+        print_json(summary)
+
+
+def generate(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    rows: Annotated[int, typer.Option(min=1, help="Rows to draw.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of the rows; the same seed gives the same rows.")] = 0,
+    model_seed: Annotated[
+        int, typer.Option(min=0, help="Of the planted model: the same for train and evaluation data.")
+    ] = 0,
+    cardinalities: Annotated[str | None, typer.Option(help="Ids per categorical column, such as 1000,200,30.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a click log drawn from a known model, so that the best possible AUC is known.
+
+    \b
+    Examples:
+      embershard generate data/train --rows 1000000
+      embershard generate data/eval --rows 100000 --seed 1
+    """
+    sizes = {} if cardinalities is None else {"cardinalities": _numbers(cardinalities)}
+    from ..datasets import synthetic
+    from .progress import ProgressReporter
+
+    with ProgressReporter() as progress:
+        summary = synthetic.generate(
+            str(output), rows=rows, seed=seed, model_seed=model_seed, progress=progress.counter("row"), **sizes
+        )
+    _print_record(summary)
+    if json:
+        print_json(summary)
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset, a run or a checkpoint.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything and check every digest.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a dataset, a run or a checkpoint holds. Exit 1 if --verify finds damage.
+
+    \b
+    Examples:
+      embershard inspect criteo/
+      embershard inspect runs/20260101-120000-train
+      embershard inspect runs/a/checkpoints/step-000001000 --verify
+    """
+    from .inspection import inspect_path
+
+    kind, result = inspect_path(path, verify=verify)
+    print(f"{kind} {path}")
+    _print_record(result)
+    if json:
+        print_json({"kind": kind, "path": path, **result})
+    if problems := result.get("problems"):
+        raise RunFailed(f"{path}: {len(problems)} problems, the first: {problems[0]}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--cardinalities: {text!r} is not a list of numbers such as 1000,200,30") from None
+
+
+def _print_record(record: Mapping[str, Any]) -> None:
+    """Plain values as lines, lists of records as tables."""
+    tables = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    }
+    for name, value in record.items():
+        if name not in tables:
+            shown = readable_bytes(value) if name.endswith("bytes") and isinstance(value, int) else value
+            print(f"{name:<22} {shown:,}" if isinstance(shown, int) else f"{name:<22} {shown}")
+    for name, rows in tables.items():
+        print(f"\n{name}")
+        print(*aligned(rows, list(rows[0])), sep="\n")

@@ -1,0 +1,109 @@
+"""The configuration of a run: each room's settings, put together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..datasets.schema import DataConfig
+from ..parameter_server.store import StoreConfig
+from ..workers.embeddings.planning import EmbeddingConfig
+from ..workers.models.dlrm import ModelConfig
+from ..workers.optimizers import OptimizerConfig
+from ..workers.trainer import CheckpointConfig, TrainConfig, TrainingJob
+from .settings import resolve
+
+
+class RunSection(BaseModel):
+    """The `run` section: where the run lives."""
+
+    model_config = ConfigDict(extra="forbid")
+    dir: str | None = Field(None, description="folder of the run; None: runs/DATE-NAME")
+    name: str = Field("train", pattern=r"^[\w.-]+$", description="NAME in the default folder")
+
+
+class ClusterConfig(BaseModel):
+    """The `cluster` section. CPUs are what Ray is asked for, not what a process may use; the defaults fit one CPU."""
+
+    model_config = ConfigDict(extra="forbid")
+    address: str | None = Field(
+        None, description="Ray cluster to join (auto or host:port); None: a local one for this run"
+    )
+    shards: int = Field(2, ge=1, le=4096, description="parameter-server shards")
+    workers: int = Field(1, ge=1, le=4096, description="data-parallel workers")
+    shard_cpus: float = Field(0.25, ge=0, description="CPUs to ask Ray for, per shard")
+    worker_cpus: float = Field(0.5, ge=0, description="CPUs to ask Ray for, per worker")
+    gpus: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto: if the cluster has as many")
+    start_timeout: float = Field(120.0, gt=0, description="seconds to wait for the cluster to have room")
+    driver_timeout: float = Field(30.0, gt=0, description="seconds after which a silent driver is taken for dead")
+
+
+class RunConfig(BaseModel):
+    """Everything that a run depends on. `RunConfig.load("criteo.yaml", "train.epochs=2")` reads one."""
+
+    model_config = ConfigDict(extra="forbid", ignored_types=(cached_property,))
+    run: RunSection = Field(default_factory=RunSection)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    embedding: EmbeddingConfig = Field(default_factory=EmbeddingConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial values, order and hashes")
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, *assignments: str) -> RunConfig:
+        """Reads a YAML file (or none), then EMBERSHARD_SECTION__KEY from the environment, then key=value strings.
+
+        Relative paths in it are taken from the current folder.
+
+        Raises:
+            ConfigError: one line that names the key, where it was given, and the nearest key that exists.
+        """
+        return resolve(cls, None if path is None else Path(path), os.environ, assignments)
+
+    @cached_property
+    def run_dir(self) -> Path:
+        """Absolute; the default is fixed the first time it is asked for."""
+        chosen = self.run.dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{self.run.name}"
+        return Path(chosen).expanduser().resolve()
+
+    def job(self) -> TrainingJob:
+        """What the workers need of it; local paths are absolute, since workers run elsewhere."""
+        data = self.data.model_copy(update={name: absolute(getattr(self.data, name)) for name in ("path", "eval_path")})
+        return TrainingJob(
+            data=data,
+            model=self.model,
+            embedding=self.embedding,
+            optimizer=self.optimizer,
+            train=self.train,
+            checkpoint=self.checkpoint,
+            seed=self.seed,
+        )
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load` reads it back, from any folder."""
+        job = self.job()
+        values: dict[str, Any] = self.model_dump(mode="json")
+        values["data"] = job.data.model_dump(mode="json")
+        values["run"]["dir"] = str(self.run_dir)
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def absolute(path: str | None) -> str | None:
+    """A local path made absolute; a URL is left as it is."""
+    return path if path is None or "://" in path else str(Path(path).expanduser().resolve())
+
+
+def load_run(folder: Path, assignments: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a run was started with."""
+    return RunConfig.load(folder / "config.yaml", *assignments)

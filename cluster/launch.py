@@ -1,0 +1,222 @@
+"""A run from start to end, as the driver sees it: shards up, workers up, follow, write down, everything down."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray import PlacementGroupID
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from .config import RunConfig
+from .coordinator import NAME, Coordinator, News, ShardPlan
+from .errors import RunFailed, RunInterrupted, is_user_error, one_line, root_cause
+from .interrupt import Interrupt, interrupts
+from .preparation import prepare
+from .progress import ProgressReporter
+from .ray_session import ray_session
+from .run_folder import RunFolder, read_run
+from .worker_group import start_workers
+
+POLL_SECONDS = 0.5
+CONTROL_SECONDS = 30.0  # for one small call to the coordinator
+
+
+class Trainer:
+    """Trains what a RunConfig describes, on shards and workers that exist for this run alone.
+
+    Usage: `Trainer(RunConfig.load("criteo.yaml")).fit()`; with resume=True it takes up `config.run.dir`.
+    """
+
+    def __init__(self, config: RunConfig, *, resume: bool = False, progress: ProgressReporter | None = None) -> None:
+        self.config = config
+        self.resume = resume
+        self.progress = progress or ProgressReporter()
+
+    def fit(self) -> dict[str, Any]:
+        """Returns the summary that `embershard train --json` prints.
+
+        Raises:
+            ConfigError, DataError, TableError: the configuration or the data cannot be right; nothing was started.
+            RunFailed: a worker or shard failed, or the cluster has no room; one line with the cause.
+            RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written at a step boundary.
+        """
+        prepare(self.config, self.progress)
+        folder = RunFolder.open(self.config.run_dir, resume=self.resume)
+        status = "failed"
+        try:
+            folder.save_config(self.config.to_yaml())
+            with interrupts() as interrupt, self.progress:
+                summary = self._train(folder, interrupt)
+            status = "finished"
+            return summary
+        except (RunInterrupted, KeyboardInterrupt):
+            status = "interrupted"
+            raise
+        finally:
+            folder.close(status)
+
+    def _train(self, folder: RunFolder, interrupt: Interrupt) -> dict[str, Any]:
+        cluster = self.config.cluster
+        namespace = f"embershard-{folder.path.name}-{secrets.token_hex(4)}"
+        self.progress.note("starting Ray" if cluster.address is None else f"joining Ray at {cluster.address}")
+        with ray_session(cluster.address, namespace, cluster.start_timeout) as address:
+            if self.resume:
+                _end_leftovers(read_run(folder.path), address)
+            folder.update(ray_address=address, namespace=namespace)
+            members = _Members(namespace, cluster.driver_timeout)
+            try:
+                return _Session(self.config, folder, members, interrupt, self.progress).run()
+            finally:
+                members.end()
+
+
+class _Members:
+    """The coordinator of this start of the run, and through it the shards."""
+
+    def __init__(self, namespace: str, driver_timeout: float) -> None:
+        self.namespace = namespace
+        self.coordinator: Any = (
+            ray.remote(Coordinator)
+            .options(
+                name=NAME, namespace=namespace, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=16
+            )
+            .remote(driver_timeout)
+        )
+
+    def poll(self) -> News:
+        """Raises RunFailed when the coordinator is gone."""
+        try:
+            news: News = ray.get(self.coordinator.poll.remote(), timeout=CONTROL_SECONDS)
+        except RayError as error:
+            raise RunFailed(f"the coordinator does not answer: {one_line(error)}") from error
+        return news
+
+    def end(self) -> None:
+        _end_namespace(self.namespace)
+
+
+class _Session:
+    """One start of a run, while its coordinator lives."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, members: _Members, interrupt: Interrupt, progress: ProgressReporter
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.members = members
+        self.interrupt = interrupt
+        self.progress = progress
+
+    def run(self) -> dict[str, Any]:
+        started = time.monotonic()
+        addresses = self._start_shards()
+        self.progress.note(f"{len(addresses)} shards up after {time.monotonic() - started:.0f} s; starting workers")
+        self.folder.update(status="running", shards=list(addresses))
+        summary = self._in_background(
+            lambda: start_workers(self.config, self.folder, self.members.namespace, addresses), self._ask_to_stop
+        )
+        summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary
+        if self.interrupt.asked and summary.get("stopped"):
+            raise RunInterrupted(
+                f"stopped at step {summary['steps']}; go on with: embershard train {self.folder.path} --resume"
+            )
+        return summary
+
+    def _start_shards(self) -> tuple[str, ...]:
+        cluster = self.config.cluster
+        plan = ShardPlan(
+            namespace=self.members.namespace,
+            shards=cluster.shards,
+            cpus=cluster.shard_cpus,
+            blocks=self.config.store.blocks,
+            seed=self.config.seed,
+            loopback=cluster.address is None and len(ray.nodes()) == 1,
+            start_timeout=cluster.start_timeout,
+        )
+
+        def give_up() -> None:
+            raise RunInterrupted("stopped before the first step; nothing was trained")
+
+        start: tuple[str, ...] = self._in_background(
+            lambda: ray.get(self.members.coordinator.start.remote(plan)), give_up
+        )
+        return start
+
+    def _in_background(self, work: Callable[[], Any], on_interrupt: Callable[[], None]) -> Any:
+        """Runs `work` on a thread while this one polls the coordinator, writes its records and hears Ctrl-C.
+
+        On a thread also because Ray Train takes SIGINT for itself on the main one.
+        """
+        outcome: dict[str, Any] = {}
+        done = threading.Event()
+
+        def run() -> None:
+            try:
+                outcome["result"] = work()
+            except BaseException as error:
+                outcome["error"] = error
+            finally:
+                done.set()
+
+        threading.Thread(target=run, name="run", daemon=True).start()
+        asked = False
+        while not done.wait(POLL_SECONDS):
+            self._take(self.members.poll())
+            if self.interrupt.asked and not asked:
+                asked = True
+                on_interrupt()
+        if "error" in outcome:
+            self._fail(outcome["error"])
+        self._take(self.members.poll())
+        return outcome["result"]
+
+    def _ask_to_stop(self) -> None:
+        self.progress.note("stopping at the next step boundary and writing a checkpoint (Ctrl-C again: end at once)")
+        ray.get(self.members.coordinator.request_stop.remote(), timeout=CONTROL_SECONDS)
+
+    def _take(self, news: News) -> None:
+        for record in news.records:
+            if note := record.get("note"):
+                self.progress.note(str(note))
+                continue
+            self.folder.record(record)
+            if "step" in record:
+                self.progress.advance(record)
+        if news.problem is not None:
+            raise RunFailed(f"{news.problem}; go on from the newest checkpoint with --resume")
+
+    def _fail(self, error: BaseException) -> None:
+        """Turns what Ray wrapped into the one line that names the cause."""
+        news = self.members.poll()
+        cause = root_cause(error)
+        if news.problem is not None:  # a dead shard explains the workers' errors better than they do
+            raise RunFailed(f"{news.problem}; go on from the newest checkpoint with --resume") from error
+        if isinstance(cause, (RunFailed, RunInterrupted)):
+            raise cause from None
+        raise RunFailed(one_line(cause), user_error=is_user_error(cause)) from error
+
+
+def _end_leftovers(previous: dict[str, Any], address: str) -> None:
+    """Ends what an earlier driver of this run, killed a moment ago, may have left on the same cluster."""
+    if previous.get("ray_address") == address and isinstance(previous.get("namespace"), str):
+        _end_namespace(previous["namespace"])
+
+
+def _end_namespace(namespace: str) -> None:
+    """Ends coordinator, shards and placement group of one start, whichever of them are left."""
+    with suppress(ValueError, RayError):  # it is not there, or does not answer: the rest is found by name
+        ray.get(ray.get_actor(NAME, namespace=namespace).end.remote(), timeout=CONTROL_SECONDS)
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace:
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(actor["name"], namespace=namespace))
+    for number, group in ray.util.placement_group_table().items():
+        if group["name"] == namespace and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))

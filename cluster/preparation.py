@@ -1,0 +1,48 @@
+"""What can be found out before anything is started: the data, the tables, the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..datasets import kernels as dataset_kernels
+from ..datasets.files import load_schema
+from ..datasets.schema import Schema
+from ..parameter_server import kernels as shard_kernels
+from ..parameter_server.blocks import BlockMap
+from ..workers.embeddings import kernels as worker_kernels
+from ..workers.embeddings.planning import build_method, feature_table, plan_features
+from .config import RunConfig
+from .errors import ConfigError
+from .formatting import aligned
+from .progress import ProgressReporter
+
+
+def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
+    """Checks what the driver can check, prints the table of features, and compiles the kernels once for all processes.
+
+    Raises:
+        ConfigError, DataError, TableError, EmbeddingError: the input cannot be right.
+    """
+    if config.data.path is None:
+        raise ConfigError(
+            "data.path: nothing to train on; give data.path=PARQUET, or no argument at all for generated data"
+        )
+    # More shards than the blocks can serve: refused here rather than by an actor.
+    BlockMap.initial(config.store.blocks, ("",) * config.cluster.shards)
+    schema = load_schema(config.data.path, config.data)
+    if config.data.eval_path is not None:
+        load_schema(config.data.eval_path, config.data)
+    optimizer = config.optimizer.sparse.optimizer
+    methods = [build_method(feature, optimizer) for feature in plan_features(schema, config.embedding, config.seed)]
+    for line in feature_lines(feature_table(methods)):
+        progress.note(line)
+    progress.note("compiling kernels (cached for the next time)")
+    for room in (dataset_kernels, shard_kernels, worker_kernels):
+        room.warm_up()
+    return schema
+
+
+def feature_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of features, aligned."""
+    return aligned(records, list(records[0])) if records else []

@@ -1,0 +1,77 @@
+"""The workers of a run, under Ray Train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+
+from .config import ClusterConfig, RunConfig
+from .errors import RunFailed
+from .run_folder import RunFolder
+from .worker_loop import run_worker
+
+
+def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresses: tuple[str, ...]) -> dict[str, Any]:
+    """Trains to the end and returns rank 0's summary. Not on the main thread: Ray Train would take SIGINT there.
+
+    Raises:
+        RunFailed: the cluster has no room for the workers.
+        ray.train.WorkerGroupError: a worker failed; `errors.root_cause` has the cause.
+    """
+    cluster = config.cluster
+    per_worker = {"CPU": cluster.worker_cpus} | ({"GPU": 1.0} if _use_gpu(cluster) else {})
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={
+            "job": config.job(),
+            "namespace": namespace,
+            "addresses": list(addresses),
+            "timeout": config.store.timeout,
+            "generation": folder.generation,
+            "checkpoints": str(folder.checkpoints),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu="GPU" in per_worker, resources_per_worker=per_worker
+        ),
+        run_config=RayRunConfig(
+            name=f"generation-{folder.generation}",
+            storage_path=str(Path(folder.logs, "ray_train")),  # Ray's default would litter ~/ray_results
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        summary: dict[str, Any] = trainer.fit().return_value
+    except Exception as error:
+        if _lacks_room(error):
+            raise RunFailed(_no_room(cluster, per_worker)) from error
+        raise
+    return summary
+
+
+def _use_gpu(cluster: ClusterConfig) -> bool:
+    if cluster.gpus == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) >= cluster.workers)
+    return cluster.gpus
+
+
+def _lacks_room(error: BaseException) -> bool:
+    failure = getattr(error, "controller_failure", error)
+    return type(failure).__name__ in {"WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"}
+
+
+def _no_room(cluster: ClusterConfig, per_worker: dict[str, float]) -> str:
+    free = ray.available_resources()
+    wants = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+    has = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in per_worker)
+    return (
+        f"cluster: {cluster.workers} workers ask for {wants} each, and the cluster has {has} free beside the shards; "
+        f"after {cluster.start_timeout:g} s they were still not there: lower cluster.workers or cluster.worker_cpus, "
+        f"or raise cluster.start_timeout"
+    )

@@ -1,0 +1,63 @@
+"""What each Ray Train worker runs: connects to shards and coordinator, then hands over to `workers.trainer`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from ..parameter_server.store import Store
+from ..workers.trainer import TrainingJob, train
+from .coordinator import NAME
+
+STOP_POLL_SECONDS = 0.5
+
+
+def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
+    """assignment: job, namespace, addresses of the shards, timeout, generation, folder of the checkpoints."""
+    coordinator = ray.get_actor(NAME, namespace=assignment["namespace"])
+    context = ray.train.get_context()
+    job: TrainingJob = assignment["job"]
+    stop = StopFlag(coordinator)
+    with Store.connect(assignment["addresses"], timeout=assignment["timeout"]) as store:
+        try:
+            return train(
+                job,
+                store,
+                rank=context.get_world_rank(),
+                workers=context.get_world_size(),
+                generation=assignment["generation"],
+                device=ray.train.torch.get_device(),
+                directory=assignment["checkpoints"],
+                report=coordinator.report.remote,  # fire and forget: training never waits for its own progress line
+                stop_requested=stop.is_set,
+                wrap=ray.train.torch.prepare_model,
+            )
+        finally:
+            stop.close()
+
+
+class StopFlag:
+    """The coordinator's stop request, asked for in the background so that a step never waits for the answer."""
+
+    def __init__(self, coordinator: Any) -> None:
+        self._coordinator = coordinator
+        self._stop = threading.Event()
+        self._closed = threading.Event()
+        threading.Thread(target=self._poll, name="stop-poll", daemon=True).start()
+
+    def is_set(self) -> bool:
+        return self._stop.is_set()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _poll(self) -> None:
+        while not self._closed.wait(STOP_POLL_SECONDS):
+            if ray.get(self._coordinator.stop_requested.remote()):
+                self._stop.set()
+                return
