@@ -1,0 +1,151 @@
+"""What one shard holds: its blocks' rows, their ledger, and the cut that is being written. No I/O, no threads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from threading import RLock
+
+import numpy as np
+
+from . import kernels, ledger, optimizers
+from .blocks import BlockMap
+from .memory import SlabMemory, split_block
+from .snapshot import LEDGER, Snapshot
+from .store import StoreError
+from .tables import Layout, TableError, TableSpec
+from .validation import readable
+
+NOBODY = 65535  # owner of every block before the first block map; a map has at most 6553 shards
+
+
+class Contents:
+    """The blocks that the block map gives to shard `number`; every public method holds `lock`.
+
+    A block is served once it is *held*: from the first block map on, or after `load_block` brought its content.
+    """
+
+    def __init__(self, number: int, layout: Layout) -> None:
+        blocks = layout.blocks
+        self.number = number
+        self.layout = layout
+        self.lock = RLock()
+        self.ledger = ledger.Ledger(blocks)
+        self.block_map = BlockMap(0, np.full(blocks, NOBODY, np.uint16), ())
+        self._memory: list[SlabMemory] = []
+        self._held = np.zeros(blocks, np.bool_)
+        self._snapshot: Snapshot | None = None
+
+    def set_block_map(self, block_map: BlockMap) -> None:
+        """Takes over a newer map. Blocks that go elsewhere are dropped; blocks that come are served after `load_block`.
+
+        Raises:
+            TableError: another number of blocks. StoreError: an older epoch, or a block leaves that a cut still needs.
+        """
+        with self.lock:
+            if block_map.blocks != self.layout.blocks:
+                raise TableError(f"a map of {block_map.blocks} blocks does not fit a store of {self.layout.blocks}")
+            if block_map.epoch < self.block_map.epoch:
+                raise StoreError(
+                    f"block map of epoch {block_map.epoch} is older than {self.block_map.epoch}, the current one"
+                )
+            owned = block_map.owned_by(self.number)
+            leaving = np.flatnonzero(self._held & ~owned).tolist()
+            for block in leaving:
+                self._not_in_cut(block)
+            for block in leaving:
+                self._held[block] = False
+                self.ledger.drop_block(block)
+                for memory in self._memory:
+                    memory.drop(block)
+            if not self._memory:  # without tables a block has no content that could be missing
+                self._held = owned.copy()
+            self.block_map = block_map
+
+    def create_tables(self, tables: Sequence[TableSpec]) -> None:
+        """Adds tables with their initial rows in all blocks held; see `Layout.add`.
+
+        Raises:
+            TableError: a table exists with another specification, or the address space cannot be had; nothing is added.
+        """
+        with self.lock:
+            layout = copy.deepcopy(self.layout)
+            added = [SlabMemory(slab) for slab in layout.add(tables)]
+            for memory in added:
+                kernels.warm_up(memory.slab.index_dtype)
+                for block in np.flatnonzero(self._held).tolist():
+                    memory.initialise(block, layout.seed)
+            self.layout = layout
+            self._memory += added
+
+    def mark(self) -> Snapshot:
+        """Cuts: the snapshot holds every row and the ledger as they are now. Milliseconds, whatever the size.
+
+        Raises:
+            StoreError: the last cut is not closed yet.
+        """
+        with self.lock:
+            if self._snapshot is not None:
+                raise StoreError(f"shard {self.number} is still writing the last checkpoint: wait for it")
+            self._snapshot = Snapshot(
+                self.number, self._memory, self._held, self.ledger, self.lock, self._forget_snapshot
+            )
+            return self._snapshot
+
+    def _forget_snapshot(self) -> None:
+        self._snapshot = None
+
+    def _not_in_cut(self, block: int) -> None:
+        if self._snapshot is not None and self._snapshot.is_pending(block):
+            raise StoreError(f"block {block} of shard {self.number} is not in the checkpoint yet: wait for it")
+
+    def export_block(self, block: int) -> dict[str, np.ndarray]:
+        """Everything known of one block now: its rows by table (`split_block`) and its ledger under "ledger/...".
+
+        Raises:
+            StoreError: the block is not held.
+        """
+        with self.lock:
+            if not self._held[block]:
+                raise StoreError(f"shard {self.number} does not hold block {block}")
+            tensors = {LEDGER + name: value for name, value in self.ledger.export_block(block).items()}
+            for memory in self._memory:
+                weights, state = memory.block(block)
+                tensors |= split_block(memory.slab, block, weights.copy(), state)
+            return tensors
+
+    def load_block(self, block: int, tensors: Mapping[str, np.ndarray]) -> list[str]:
+        """Overwrites the tables that `tensors` (see `export_block`) holds, and the ledger if it is there.
+
+        Returns the tables whose optimizer state was absent and therefore starts anew.
+
+        Raises:
+            StoreError: the block belongs to another shard, or a cut still needs it.
+            TableError: a tensor has another shape, or the block is new here and lacks a table; nothing was changed.
+        """
+        with self.lock:
+            if self.block_map.owners[block] != self.number:
+                raise StoreError(f"block {block} does not belong to shard {self.number}: send it to its owner")
+            self._not_in_cut(block)
+            missing = [spec.name for spec in self.layout.tables if f"{spec.name}/weight" not in tensors]
+            if missing and not self._held[block]:
+                raise TableError(f"block {block} comes without table {missing[0]!r}, which shard {self.number} has")
+            for memory in self._memory:
+                memory.check(block, tensors)
+            without_state = [name for memory in self._memory for name in memory.load(block, tensors)]
+            if f"{LEDGER}client" in tensors:
+                names = ("client", "generation", "highest", "window")
+                self.ledger.import_block(block, {name: tensors[LEDGER + name] for name in names})
+            self._held[block] = True
+            return without_state
+
+    def overwrite_rows(self, slab: int, index: np.ndarray, weights: np.ndarray, state: np.ndarray | None) -> None:
+        """Sets rows of held blocks, skips others: weights [U, width], state [U, state_width] or None (initial)."""
+        with self.lock:
+            memory = self._memory[slab]
+            here = self._held[index // memory.slab.rows_per_block]
+            if self._snapshot is not None:
+                self._snapshot.save(slab, readable(index[here]))
+            memory.weights[index[here]] = weights[here]
+            initial = optimizers.initial_state(memory.slab.optimizer)
+            memory.state[index[here]] = initial if state is None else state[here]

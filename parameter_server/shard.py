@@ -1,0 +1,305 @@
+"""One shard: who may read and change its rows, and which calls wait for whom. No I/O, no threads.
+
+Calls go in with an opaque token and a deadline; every method returns the calls that can be answered now. A pull that
+has to wait, and a push of `sync` whose step is not complete, are kept here and come out of a later call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import kernels, ledger, optimizers
+from .clocks import Clocks
+from .contents import Contents
+from .requests import (
+    FENCED,
+    INVALID,
+    TIMEOUT,
+    TOO_OLD,
+    BlockStatus,
+    Clock,
+    Completed,
+    PullReply,
+    PullRequest,
+    PushReply,
+    PushRequest,
+    Refusal,
+    RowSet,
+)
+from .store import FencedError
+from .sums import sum_pushes
+from .tables import Layout
+from .validation import InvalidRequest, checked_pull, checked_push, readable
+
+MOVED, APPLIED = int(BlockStatus.MOVED), int(BlockStatus.APPLIED)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A call that cannot be answered yet; it has a clock, or it would not wait."""
+
+    request: PullRequest | PushRequest
+    clock: Clock
+    token: object
+    deadline: float
+
+
+class Shard(Contents):
+    """Pulls and pushes over the contents of a shard; every public method holds `lock`.
+
+    Deadlines are `time.monotonic()` seconds.
+    """
+
+    def __init__(self, number: int, layout: Layout) -> None:
+        super().__init__(number, layout)
+        self.clocks = Clocks()
+        self._pulls: list[_Waiting] = []
+        self._steps: dict[int, dict[int, list[_Waiting]]] = {}  # step -> rank -> pushes of `sync`
+        self._counts = dict.fromkeys(
+            ("pulls", "pushes", "rows_pulled", "rows_pushed", "duplicates", "moved", "refused", "timeouts", "fenced"), 0
+        )
+
+    def begin(self, generation: int, workers: int, step: int) -> list[Completed]:
+        """Starts a generation whose next step is `step + 1`; waiting calls of the older one are answered FENCED.
+
+        Beginning the running generation again changes nothing.
+
+        Raises:
+            FencedError: a newer generation has begun. ValueError: the same one, with another number of workers.
+        """
+        with self.lock:
+            running = self.clocks.generation
+            if running is not None and generation < running:
+                raise FencedError(f"generation {generation} is over: generation {running} is running")
+            if generation == running:
+                if workers != self.clocks.workers:
+                    raise ValueError(f"generation {generation} began with {self.clocks.workers} workers, not {workers}")
+                return []
+            fenced = Refusal(FENCED, f"generation {generation} has begun: calls of older ones are refused")
+            waiting = [*self._pulls, *self._pending_pushes()]
+            self._pulls, self._steps = [], {}
+            self.clocks.begin(generation, workers, step)
+            self.ledger.drop_generations_before(generation)
+            self._counts["fenced"] += len(waiting)
+            return [Completed(call.token, fenced) for call in waiting]
+
+    def pull(self, request: PullRequest, token: object, deadline: float) -> list[Completed]:
+        """Reads rows, at once or when the pushes that the clock asks for have been applied."""
+        with self.lock:
+            try:
+                request = checked_pull(request, self.layout.slabs)
+            except InvalidRequest as error:
+                return self._refused(token, Refusal(INVALID, str(error)))
+            clock = request.clock
+            if clock is not None:
+                if (refusal := self.clocks.refuse(clock)) is not None:
+                    return self._refused(token, refusal)
+                if self.clocks.step < clock.step - 1 - clock.staleness:
+                    self._pulls.append(_Waiting(request, clock, token, deadline))
+                    return []
+            return [Completed(token, self._read(request))]
+
+    def push(self, request: PushRequest, token: object, deadline: float) -> list[Completed]:
+        """Applies a push, or keeps it until its step is complete (`sync`); answers whoever waited for it, too."""
+        with self.lock:
+            clock = request.clock
+            if clock is not None and (refusal := self.clocks.refuse(clock)) is not None:
+                return self._refused(token, refusal)
+            try:
+                request = checked_push(request, self.layout.slabs)
+            except InvalidRequest as error:
+                return self._refused(token, Refusal(INVALID, str(error)))
+            if clock is not None and clock.sync and clock.step > self.clocks.step:
+                return self._hold(_Waiting(request, clock, token, deadline))
+            try:
+                statuses = self._decide(request)
+            except LookupError as error:
+                return self._refused(token, Refusal(TOO_OLD, str(error)))
+            for part, grads, rate in zip(request.parts, request.grads, request.learning_rates, strict=True):
+                self._update(part.slab, *_accepted(part, grads, statuses), rate)
+            completed = [Completed(token, self._enter(request, statuses))]
+            if clock is not None:
+                self.clocks.record(clock.rank, clock.step)
+                completed += self._release()
+            return completed
+
+    def expire(self, now: float) -> list[Completed]:
+        """Answers the calls whose deadline has come with TIMEOUT and whom they waited for; nothing is applied."""
+        with self.lock:
+            late = [call for call in (*self._pulls, *self._pending_pushes()) if call.deadline <= now]
+            completed = [Completed(call.token, Refusal(TIMEOUT, self._waits_for(call))) for call in late]
+            self._pulls = [call for call in self._pulls if call.deadline > now]
+            for ranks in self._steps.values():
+                for rank in list(ranks):
+                    ranks[rank] = [call for call in ranks[rank] if call.deadline > now]
+                    if not ranks[rank]:
+                        del ranks[rank]
+            self._counts["timeouts"] += len(late)
+            return completed
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to do; None while nothing waits."""
+        with self.lock:
+            return min((call.deadline for call in (*self._pulls, *self._pending_pushes())), default=None)
+
+    def statistics(self) -> dict[str, Any]:
+        """What the shard holds and has done. resident_bytes counts the whole pages of its blocks."""
+        with self.lock:
+            held = int(self._held.sum())
+            table_bytes = sum(memory.block_bytes[0] for memory in self._memory) * held
+            state_bytes = sum(memory.block_bytes[1] for memory in self._memory) * held
+            return {
+                "shard": self.number,
+                "blocks": held,
+                "epoch": self.block_map.epoch,
+                "generation": self.clocks.generation,
+                "step": self.clocks.step,
+                "tables": sum(len(memory.slab.tables) for memory in self._memory),
+                "table_bytes": table_bytes,
+                "state_bytes": state_bytes,
+                "resident_bytes": table_bytes + state_bytes,
+                "clients": len(self.ledger),
+                "waiting": len(self._pulls) + len(list(self._pending_pushes())),
+                **self._counts,
+            }
+
+    def _refused(self, token: object, refusal: Refusal) -> list[Completed]:
+        self._counts["fenced" if refusal.code == FENCED else "refused"] += 1
+        return [Completed(token, refusal)]
+
+    def _pending_pushes(self) -> Iterable[_Waiting]:
+        return (call for ranks in self._steps.values() for calls in ranks.values() for call in calls)
+
+    def _waits_for(self, call: _Waiting) -> str:
+        kind = "pull" if isinstance(call.request, PullRequest) else "push"
+        first = self.clocks.step + 1
+        needed = call.clock.step - 1 - call.clock.staleness if kind == "pull" else call.clock.step
+        missing = [rank for rank in self.clocks.behind(needed) if rank not in self._steps.get(first, {})]
+        ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+        return f"step {first} still waits for the push of {ranks} (asked by the {kind} for step {call.clock.step})"
+
+    def _read(self, request: PullRequest) -> PullReply:
+        statuses, rows = [], []
+        for part in request.parts:
+            held = self._held[part.blocks]
+            index = part.index if held.all() else readable(part.select(held)[0].index)
+            out = np.empty((len(index), self.layout.slabs[part.slab].width), np.float32)
+            kernels.gather(self._memory[part.slab].weights, index, out)
+            statuses.append(np.where(held, APPLIED, MOVED).astype(np.uint8))
+            rows.append(out)
+            self._counts["rows_pulled"] += len(index)
+            self._counts["moved"] += int(len(held) - held.sum())
+        self._counts["pulls"] += 1
+        return PullReply(statuses, rows)
+
+    def _decide(self, request: PushRequest) -> np.ndarray:
+        """uint8 [blocks]: what becomes of each block's part, the same over all slabs.
+
+        Raises:
+            LookupError: the push is older than a block's window, so that nobody can say whether it was applied.
+        """
+        touched = np.zeros(self.layout.blocks, np.bool_)
+        for part in request.parts:
+            touched[part.blocks] = True
+        blocks = np.flatnonzero(touched & self._held)
+        known = self.ledger.check(request.client, request.sequence, blocks)
+        if (known == ledger.TOO_OLD).any():
+            raise LookupError(
+                f"push {request.sequence} of client {request.client} is more than {ledger.WINDOW} pushes older than "
+                f"the newest in block {int(blocks[(known == ledger.TOO_OLD).argmax()])}: nothing was applied"
+            )
+        statuses = np.full(self.layout.blocks, MOVED, np.uint8)
+        statuses[blocks] = known  # NEW is APPLIED, DUPLICATE is DUPLICATE
+        return statuses
+
+    def _enter(self, request: PushRequest, statuses: np.ndarray) -> PushReply:
+        """Marks an applied push in the ledger and makes its reply."""
+        generation = ledger.NO_GENERATION if request.clock is None else request.clock.generation
+        replies = [statuses[part.blocks] for part in request.parts]
+        touched = np.zeros(self.layout.blocks, np.bool_)
+        for part in request.parts:
+            touched[part.blocks] = True
+        applied = np.flatnonzero(touched & (statuses == APPLIED))
+        self.ledger.mark(request.client, request.sequence, applied, generation)
+        self._counts["pushes"] += 1
+        self._counts["duplicates"] += sum(int((reply == BlockStatus.DUPLICATE).sum()) for reply in replies)
+        self._counts["moved"] += sum(int((reply == MOVED).sum()) for reply in replies)
+        return PushReply(replies)
+
+    def _update(self, slab: int, index: np.ndarray, grads: np.ndarray, rate: float) -> None:
+        memory = self._memory[slab]
+        if self._snapshot is not None:
+            self._snapshot.save(slab, index)
+        optimizers.apply(memory.slab.optimizer, memory.weights, memory.state, index, grads, rate)
+        self._counts["rows_pushed"] += len(index)
+
+    def _hold(self, call: _Waiting) -> list[Completed]:
+        assert isinstance(call.request, PushRequest)
+        ranks = self._steps.setdefault(call.clock.step, {})
+        rates = {part.slab: rate for other in ranks.values() for held in other for part, rate in _rates(held.request)}
+        for part, rate in _rates(call.request):
+            if not math.isclose(rates.get(part.slab, rate), rate, rel_tol=1e-6):
+                text = (
+                    f"step {call.clock.step}, slab {part.slab}: rank {call.clock.rank} states the learning rate {rate}"
+                )
+                return self._refused(call.token, Refusal(INVALID, f"{text}, another rank {rates[part.slab]}"))
+        ranks.setdefault(call.clock.rank, []).append(call)
+        completed: list[Completed] = []
+        while len(self._steps.get(self.clocks.step + 1, {})) == self.clocks.workers:
+            completed += self._complete(self._steps.pop(self.clocks.step + 1))
+        return completed + self._release() if completed else []
+
+    def _complete(self, ranks: Mapping[int, list[_Waiting]]) -> list[Completed]:
+        """Applies one step of `sync`: the pushes of all ranks added in rank order. A repetition only gets an answer."""
+        completed = []
+        taken: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        rates: dict[int, float] = {}
+        for rank in sorted(ranks):
+            for call in ranks[rank]:
+                assert isinstance(call.request, PushRequest)
+                try:
+                    statuses = self._decide(call.request)
+                except LookupError as error:
+                    completed += self._refused(call.token, Refusal(TOO_OLD, str(error)))
+                    continue
+                for part, grads, rate in zip(
+                    call.request.parts, call.request.grads, call.request.learning_rates, strict=True
+                ):
+                    taken.setdefault(part.slab, []).append(_accepted(part, grads, statuses))
+                    rates[part.slab] = rate
+                completed.append(Completed(call.token, self._enter(call.request, statuses)))
+            self.clocks.record(rank, self._clock_of(ranks, rank).step)
+        for slab, contributions in taken.items():
+            self._update(slab, *sum_pushes(contributions), rates[slab])
+        return completed
+
+    @staticmethod
+    def _clock_of(ranks: Mapping[int, list[_Waiting]], rank: int) -> Clock:
+        return ranks[rank][0].clock
+
+    def _release(self) -> list[Completed]:
+        """Answers the pulls whose clock is satisfied now."""
+        step = self.clocks.step
+        ready = [call for call in self._pulls if call.clock.step - 1 - call.clock.staleness <= step]
+        if ready:
+            self._pulls = [call for call in self._pulls if call.clock.step - 1 - call.clock.staleness > step]
+        return [Completed(c.token, self._read(c.request)) for c in ready if isinstance(c.request, PullRequest)]
+
+
+def _rates(request: PullRequest | PushRequest) -> Iterable[tuple[RowSet, float]]:
+    assert isinstance(request, PushRequest)
+    return zip(request.parts, request.learning_rates, strict=True)
+
+
+def _accepted(part: RowSet, grads: np.ndarray, statuses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and gradients of those blocks whose part is new."""
+    keep = statuses[part.blocks] == APPLIED
+    if keep.all():
+        return part.index, grads
+    selected, rows = part.select(keep)
+    return readable(selected.index), readable(grads[rows])
