@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..datasets.schema import DataConfig
 from ..parameter_server.store import StoreConfig
 from ..workers.embeddings.planning import EmbeddingConfig
+from ..workers.job import CheckpointConfig, TrainConfig, TrainingJob
 from ..workers.models.dlrm import ModelConfig
 from ..workers.optimizers import OptimizerConfig
-from ..workers.trainer import CheckpointConfig, TrainConfig, TrainingJob
 from .settings import resolve
 
 

@@ -33,7 +33,7 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     schema = load_schema(config.data.path, config.data)
     if config.data.eval_path is not None:
         load_schema(config.data.eval_path, config.data)
-    optimizer = config.optimizer.sparse.optimizer
+    optimizer = config.optimizer.sparse.update
     methods = [build_method(feature, optimizer) for feature in plan_features(schema, config.embedding, config.seed)]
     for line in feature_lines(feature_table(methods)):
         progress.note(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 
 from ..parameter_server.store import Store
-from ..workers.trainer import TrainingJob, train
+from ..workers.job import TrainingJob
+from ..workers.trainer import train
 from .coordinator import NAME
 
 STOP_POLL_SECONDS = 0.5
@@ -22,6 +25,7 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
     coordinator = ray.get_actor(NAME, namespace=assignment["namespace"])
     context = ray.train.get_context()
     job: TrainingJob = assignment["job"]
+    _use_threads(job, context.get_local_world_size())
     stop = StopFlag(coordinator)
     with Store.connect(assignment["addresses"], timeout=assignment["timeout"]) as store:
         try:
@@ -39,6 +43,12 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
             )
         finally:
             stop.close()
+
+
+def _use_threads(job: TrainingJob, workers_here: int) -> None:
+    """Ray sets one thread for a worker that asks for one CPU or less; CPUs asked for are for placement only here."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(job.train.threads or max(1, cores // workers_here))
 
 
 class StopFlag:
