@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checkpoint
+from . import restore
 from .blocks import BlockMap
 from .requests import Completed
 from .shard import Shard
@@ -73,10 +73,10 @@ class Administration:
         snapshot = self._cuts.pop(cut, None)
         if snapshot is None:
             raise StoreError(f"shard {self.shard.number}: cut {cut} is unknown: mark again, then write")
-        return [entry.model_dump() for entry in checkpoint.write_blocks(self.shard, snapshot, directory)]
+        return [entry.model_dump() for entry in restore.write_blocks(snapshot, directory)]
 
     def check_load(self, directory: str, tables: dict[str, str]) -> None:
-        checkpoint.check_load(self.shard, directory, tables)
+        restore.check_load(self.shard, directory, tables)
 
     def load(self, directory: str, tables: dict[str, str]) -> dict[str, list[str]]:
-        return checkpoint.load_blocks(self.shard, directory, tables)
+        return restore.load_blocks(self.shard, directory, tables)
