@@ -1,0 +1,212 @@
+"""What moving rows costs: the real client and server beside a raw loopback socket with and without the same kernel.
+
+    transport   a ready buffer sent (push) or received (pull) through the client and server, no kernel at either end
+    real        a pull that gathers, a push that updates
+    socket      the same bytes over a plain TCP connection, with and without the same kernel
+
+Every contender has its server in a process of its own. `python -m embershard.parameter_server.rpc_bench CONTENDER JSON`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import statistics
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from . import kernels
+from .blocks import BlockMap
+from .client import StoreClient
+from .memory import SlabMemory
+from .optimizers import apply
+from .requests import Completed, PullReply, PullRequest, PushReply, PushRequest, RowSet
+from .server import ShardServer
+from .shard import Shard
+from .tables import Layout, Optimizer, TableSpec
+
+BLOCKS = 256
+TABLE_BYTES = 1 << 29
+SIZES = [1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26]
+OPTIMIZER = Optimizer(kind="rowwise_adagrad")
+LEARNING_RATE = 1e-3
+
+
+class ReadyShard(Shard):
+    """Answers pulls with a ready buffer and drops pushes: what is left is the transport."""
+
+    ready: np.ndarray
+
+    def pull(self, request: PullRequest, token: object, deadline: float) -> list[Completed]:
+        rows = [self.ready[: len(part.index)] for part in request.parts]
+        return [Completed(token, PullReply([np.zeros(len(part.blocks), np.uint8) for part in request.parts], rows))]
+
+    def push(self, request: PushRequest, token: object, deadline: float) -> list[Completed]:
+        return [Completed(token, PushReply([np.zeros(len(part.blocks), np.uint8) for part in request.parts]))]
+
+
+def _table(width: int) -> TableSpec:
+    return TableSpec(name="t", rows=TABLE_BYTES // (4 * width), width=width, optimizer=OPTIMIZER)
+
+
+def _serve_shard(width: int, ready: bool, port: Connection) -> None:
+    kernels.warm_up()
+    shard = (ReadyShard if ready else Shard)(0, Layout(BLOCKS))
+    if isinstance(shard, ReadyShard):
+        shard.ready = np.ones((max(SIZES) // (4 * width), width), np.float32)
+    server = ShardServer(shard)
+    shard.set_block_map(BlockMap.initial(BLOCKS, (server.start(),)))
+    port.send(server.port)
+    port.recv()
+
+
+def _serve_socket(width: int, ready: bool, port: Connection) -> None:
+    kernels.warm_up()
+    memory = SlabMemory(Layout(BLOCKS).add([_table(width)])[0])
+    if not ready:
+        memory.weights[:], memory.state[:] = 0.01, 0.0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port.send(listener.getsockname()[1])
+        peer, _ = listener.accept()
+        with peer:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _socket_loop(peer, memory.weights, memory.state, ready)
+
+
+def _socket_loop(peer: socket.socket, weights: np.ndarray, state: np.ndarray, ready: bool) -> None:
+    width = weights.shape[1]
+    buffer = np.ones((max(SIZES) // (4 * width), width), np.float32)
+    index = np.empty(len(buffer), np.uint32)
+    while head := peer.recv(16, socket.MSG_WAITALL):
+        push, count = struct.unpack("<QQ", head)
+        _receive(peer, index[:count])
+        if push:
+            _receive(peer, buffer[:count])
+            if not ready:
+                apply(OPTIMIZER, weights, state, index[:count], buffer[:count], LEARNING_RATE)
+            peer.sendall(b"12345678")
+        else:
+            if not ready:
+                kernels.gather(weights, index[:count], buffer[:count])
+            peer.sendall(memoryview(buffer[:count]).cast("B"))
+
+
+def _receive(peer: socket.socket, into: np.ndarray) -> None:
+    view = memoryview(into).cast("B")
+    while view:
+        got = peer.recv_into(view)
+        if not got:
+            raise ConnectionError("the peer closed the connection")
+        view = view[got:]
+
+
+@contextmanager
+def _server(target: Callable[..., None], width: int, ready: bool) -> Iterator[tuple[int, int]]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(width, ready, theirs), daemon=True)
+    process.start()
+    try:
+        yield ours.recv(), int(process.pid or 0)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _server_cpu(pid: int) -> float:
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _measure(width: int, pid: int, exchange: Callable[[bool, int, int], None]) -> dict[str, float]:
+    """Calls `exchange(push, rows, which)` for every size and direction."""
+    readings: dict[str, float] = {}
+    for push in (False, True):
+        name = "push" if push else "pull"
+        for size in SIZES:
+            count, repeat = size // (4 * width), max(5, min(200, (1 << 27) // size))
+            exchange(push, count, 0)
+            own, other, seconds = _own_cpu(), _server_cpu(pid), []
+            for i in range(repeat):
+                start = time.perf_counter()
+                exchange(push, count, i)
+                seconds.append(time.perf_counter() - start)
+            gigabytes = repeat * size / 1e9
+            label = f"{name}_{size >> 10}k"
+            readings[f"{label}_gbps"] = size / statistics.median(seconds) / 1e9
+            readings[f"{label}_p50_ms"] = statistics.median(seconds) * 1e3
+            readings[f"{label}_p99_ms"] = sorted(seconds)[int(len(seconds) * 0.99)] * 1e3
+            readings[f"{label}_client_cpu_s_per_gb"] = (_own_cpu() - own) / gigabytes
+            readings[f"{label}_server_cpu_s_per_gb"] = (_server_cpu(pid) - other) / gigabytes
+    return readings
+
+
+def _indices(width: int, rows_of_table: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.permutation(rows_of_table)[: max(SIZES) // (4 * width)] for _ in range(4)]
+
+
+def grpc_store(width: int, ready: bool) -> dict[str, float]:
+    """Through the real client and server; `ready`: no kernel at either end."""
+    with _server(_serve_shard, width, ready) as (port, pid), StoreClient.connect(f"127.0.0.1:{port}") as store:
+        store.create_tables([_table(width)])
+        (slab,) = store.layout.slabs
+        rank, zero = store.block_map.rank(), np.zeros(1, np.int32)
+        parts: dict[tuple[int, int], RowSet] = {}
+        for which, rows in enumerate(_indices(width, slab.tables[0].rows)):
+            for size in SIZES:
+                count = size // (4 * width)
+                parts[count, which] = kernels.locate(slab, zero, np.array([0, count]), rows[:count], rank)[0]
+        grads = np.full((max(SIZES) // (4 * width), width), 1e-3, np.float32)
+
+        def exchange(push: bool, count: int, which: int) -> None:
+            part = parts[count, which % 4]
+            if push:
+                store.push([part], [grads[:count]], [LEARNING_RATE]).result()
+            else:
+                store.pull([part]).result()
+
+        return _measure(width, pid, exchange)
+
+
+def raw_socket(width: int, ready: bool) -> dict[str, float]:
+    """The same bytes over one TCP connection; `ready`: no kernel."""
+    with _server(_serve_socket, width, ready) as (port, pid):
+        with socket.create_connection(("127.0.0.1", port)) as peer:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            indices = [np.ascontiguousarray(i, np.uint32) for i in _indices(width, TABLE_BYTES // (4 * width))]
+            buffer = np.full((max(SIZES) // (4 * width), width), 1e-3, np.float32)
+            answer = np.empty(8, np.uint8)
+
+            def exchange(push: bool, count: int, which: int) -> None:
+                peer.sendall(struct.pack("<QQ", push, count))
+                peer.sendall(memoryview(indices[which % 4][:count]).cast("B"))
+                if push:
+                    peer.sendall(memoryview(buffer[:count]).cast("B"))
+                    _receive(peer, answer)
+                else:
+                    _receive(peer, buffer[:count])
+
+            return _measure(width, pid, exchange)
+
+
+CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {"grpc": grpc_store, "socket": raw_socket}
+
+if __name__ == "__main__":
+    print(json.dumps(CONTENDERS[sys.argv[1]](**json.loads(sys.argv[2]))))
