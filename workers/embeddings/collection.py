@@ -83,7 +83,7 @@ class EmbeddingBagCollection(nn.Module):
         self._one_width = len({feature.dim for feature in features}) == 1
         order = [f for group in self._groups for f in group.features]
         self._order = None if order == sorted(order) else torch.tensor(np.argsort(order), device=self.device)
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._positions: tuple[tuple[str, ...], np.ndarray] = ((), np.empty(0, np.int64))
         self._rank: tuple[int, np.ndarray] = (-1, np.empty(0, np.uint16))
         self._forwarded: list[Ticket] = []
