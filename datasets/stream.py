@@ -155,10 +155,14 @@ class _Prefetch:
         self._gatherer.start()
 
     def get(self) -> Batch | None:
-        """The next batch, None at the end; raises what the threads raised."""
+        """The next batch, None at the end; raises what the threads raised, or RuntimeError after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._ready) or self._closed)
-            item = self._ready.popleft() if self._ready else None
+            if self._closed:
+                raise RuntimeError(
+                    "the stream was closed, or another epoch begun, before this epoch was read to its end"
+                )
+            item = self._ready.popleft()
             self._changed.notify_all()
         if isinstance(item, BaseException):
             raise item
@@ -175,7 +179,8 @@ class _Prefetch:
     def _put(self, item: Batch | BaseException | None) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: len(self._ready) < _PREPARED_BATCHES or self._closed)
-            self._ready.append(item)
+            if not self._closed:
+                self._ready.append(item)
             self._changed.notify_all()
             return not self._closed
 
@@ -195,7 +200,7 @@ class _Prefetch:
         for step in range(plan.steps):
             rows = plan.step_rows(stream.rank, step)
             batch = stream._empty(rows, plan.global_rows(step))
-            ids = batch.ids.values.reshape(-1, rows)
+            ids = batch.ids.values.reshape(len(stream._features), rows)
             at = 0
             while at < rows:
                 if window is None or begin == len(window.order):
