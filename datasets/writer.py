@@ -19,7 +19,7 @@ from .schema import CategoricalColumn, DataError, DenseColumn, Schema
 from .sketch import DistinctSketch
 
 ROW_GROUP_ROWS = 32_768
-SUMMARY = "embershard.json"
+SUMMARY = "_embershard.json"  # readers of Parquet folders pass over names that begin with `_`
 _LOCK = "lock"
 
 

@@ -1,0 +1,143 @@
+"""Generated logs: reproducible, of the stated shape, with the stated best AUC. And the summary of a data set."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from embershard.datasets import synthetic, synthetic_kernels
+from embershard.datasets.files import load_schema
+from embershard.datasets.inspect import describe
+from embershard.datasets.schema import DataError
+from embershard.datasets.synthetic import PlantedModel, best_auc, generate
+from sklearn.metrics import roc_auc_score
+
+SIZES = (50, 3, 1000, 1)
+
+
+@pytest.fixture(scope="module")
+def model() -> PlantedModel:
+    return PlantedModel(SIZES, 3, 1.2, model_seed=4)
+
+
+def test_rows_depend_on_seed_and_number_alone(model):
+    whole, logits = model.draw(7, 0, 1000)
+    part, part_logits = model.draw(7, 600, 100)
+    for name in ("labels", "dense", "dense_null", "ids"):
+        assert np.array_equal(getattr(whole, name)[..., 600:700], getattr(part, name))
+    assert np.array_equal(logits[600:700], part_logits)
+    assert not np.array_equal(whole.ids, model.draw(8, 0, 1000)[0].ids)
+
+
+def test_logits_follow_from_ids_and_dense_values_alone(model):
+    """Two logs of one model share their effects: equal rows have equal logits, whatever their seeds."""
+    drawn = [model.draw(seed, 0, 30_000) for seed in (1, 2)]
+    known: dict[tuple[int, ...], float] = {}
+    shared = 0
+    for block, logits in drawn:
+        for key, logit in zip(map(tuple, np.vstack([block.ids, block.dense]).T.tolist()), logits, strict=True):
+            shared += key in known
+            assert known.setdefault(key, logit) == logit
+    assert shared > 100
+
+
+def test_ids_are_zipf_over_their_cardinality(model):
+    ids = model.draw(0, 0, 200_000)[0].ids
+    for column, n in zip(ids, SIZES, strict=True):
+        counts = np.sort(np.bincount(column, minlength=n))[::-1]
+        assert len(counts) == n
+        edges = (np.arange(1, n + 2) ** (1 - 1.2) - 1) / ((n + 1) ** (1 - 1.2) - 1)
+        assert np.abs(counts[:5] / len(column) - np.diff(edges)[:5]).max() < 0.01
+    assert synthetic_kernels.zipf_rank(0.999999999, 10, 1.0) == 9
+
+
+def test_labels_come_from_the_logits(model):
+    block, logits = model.draw(3, 0, 200_000)
+    p = 1 / (1 + np.exp(-logits))
+    assert abs(block.labels.mean() - synthetic.POSITIVE_RATE) < 0.01
+    for low, high in ((0.05, 0.15), (0.3, 0.5), (0.6, 0.9)):
+        chosen = (p > low) & (p < high)
+        assert abs(block.labels[chosen].mean() - p[chosen].mean()) < 0.02
+    assert abs(roc_auc_score(block.labels, p) - model.best_auc) < 0.005
+
+
+def test_best_auc_is_the_expectation_over_labels():
+    p = np.array([0.2, 0.9, 0.5])
+    right = sum(p[i] * (1 - p[j]) for i in range(3) for j in range(3) if p[i] > p[j])
+    pairs = sum(p[i] * (1 - p[j]) for i in range(3) for j in range(3) if i != j)
+    assert best_auc(p) == pytest.approx(right / pairs)
+
+
+def test_generate_writes_what_it_states_in_bounded_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "_BLOCK_ROWS", 1000)
+    monkeypatch.setattr(synthetic, "_FILE_BLOCKS", 2)
+    steps = []
+    arguments = {"rows": 4500, "cardinalities": SIZES, "dense": 3}
+    summary = generate(str(tmp_path / "a"), **arguments, progress=lambda *step: steps.append(step))
+    assert (summary["rows"], summary["files"]) == (4500, 3)
+    assert steps == [(1000, 4500), (2000, 4500), (3000, 4500), (4000, 4500), (4500, 4500)]
+    schema = load_schema(str(tmp_path / "a"))
+    assert (schema.rows, schema.best_auc) == (4500, summary["best_auc"])
+    assert [column.cardinality for column in schema.categorical] == list(SIZES)
+    assert all(column.distinct <= column.cardinality for column in schema.categorical)
+    assert schema.dense[0].missing == 0 < schema.dense[2].missing
+    table = pq.read_table(tmp_path / "a")
+    assert table.column_names == ["label", "i1", "i2", "i3", "c1", "c2", "c3", "c4"]
+    assert table.column("i3").null_count == round(schema.dense[2].missing * 4500)
+    generate(str(tmp_path / "b"), **arguments)
+    generate(str(tmp_path / "c"), **arguments, seed=1)
+    assert pq.read_table(tmp_path / "b").equals(table)
+    assert not pq.read_table(tmp_path / "c").equals(table)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"rows": 0}, {"rows": 1, "cardinalities": [0]}, {"rows": 1, "cardinalities": []}, {"rows": 1, "dense": -1}],
+)
+def test_sizes_that_make_no_sense(tmp_path, arguments):
+    with pytest.raises(DataError, match=r"^generate: "):
+        generate(str(tmp_path / "a"), **arguments)
+
+
+# -- describe
+
+
+def test_describe_states_what_the_files_hold(tmp_path):
+    path = str(tmp_path / "a")
+    generated = generate(path, rows=500, cardinalities=SIZES, dense=2)
+    summary = describe(path, verify=True)
+    assert summary["problems"] == []
+    assert summary["source"] == "generated"
+    assert summary["rows"] == 500
+    assert summary["label_rate"] == generated["label_rate"]
+    assert summary["bytes"] == sum(file.stat().st_size for file in (tmp_path / "a").glob("*.parquet"))
+    assert [column["role"] for column in summary["columns"]] == ["label", "dense", "dense", *["categorical"] * 4]
+    assert summary["columns"][3] | {"missing": 0.0, "cardinality": 50} == summary["columns"][3]
+    assert len(summary["examples"]) == 3
+    assert summary["mapping"]["data.dense"] == ["i1", "i2"]
+
+
+def test_describe_proposes_a_mapping_for_foreign_files_and_verify_names_bad_rows(tmp_path):
+    table = pa.table({"Click": [0, 1, 5], "price": [1.0, None, 2.0], "user": [1, 2, 3], "name": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    summary = describe(str(tmp_path), verify=True)
+    assert summary["mapping"] == {"data.label": "Click", "data.dense": ["price"], "data.categorical": ["user"]}
+    assert [column["role"] for column in summary["columns"]] == ["label", "dense", "categorical", "unused"]
+    assert [column["missing"] for column in summary["columns"]] == [0, 1 / 3, 0, 0]
+    assert len(summary["problems"]) == 1
+    assert "a.parquet: column 'Click', row 2: found 5; labels must be 0 or 1" in summary["problems"][0]
+
+
+def test_describe_without_a_label(tmp_path):
+    pq.write_table(pa.table({"user": [1], "item": [2]}), tmp_path / "a.parquet")
+    summary = describe(str(tmp_path), verify=True)
+    assert summary["mapping"]["data.label"] is None
+    assert summary["problems"] == ["no label column was found"]
+    with pytest.raises(DataError, match="no such file or folder"):
+        describe(str(tmp_path / "nothing"))
+
+
+def test_folders_of_mixed_data_are_refused(tmp_path):
+    for name, dense in (("a", 1), ("b", 2)):
+        generate(str(tmp_path / name), rows=10, cardinalities=SIZES, dense=dense)
+    with pytest.raises(DataError, match=r"its columns differ from those of .*a/part-00000\.parquet"):
+        load_schema(str(tmp_path))
