@@ -13,9 +13,38 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0.0.0"
 
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    "Batch": ".datasets.schema",
+    "EmbeddingBagCollection": ".workers.embeddings.collection",
+    "Feature": ".workers.embeddings.base",
+    "Ids": ".datasets.schema",
+    "Optimizer": ".parameter_server.tables",
+    "ParquetStream": ".datasets.stream",
+    "RunConfig": ".cluster.config",
+    "Schema": ".datasets.schema",
+    "Store": ".parameter_server.store",
+    "TableSpec": ".parameter_server.tables",
+    "Trainer": ".cluster.launch",
+    "evaluate": ".workers.evaluate",
+    "load_schema": ".datasets.files",
+}
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Batch",
+    "EmbeddingBagCollection",
+    "Feature",
+    "Ids",
+    "Optimizer",
+    "ParquetStream",
+    "RunConfig",
+    "Schema",
+    "Store",
+    "TableSpec",
+    "Trainer",
+    "__version__",
+    "evaluate",
+    "load_schema",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +54,13 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    pass
+    from .cluster.config import RunConfig
+    from .cluster.launch import Trainer
+    from .datasets.files import load_schema
+    from .datasets.schema import Batch, Ids, Schema
+    from .datasets.stream import ParquetStream
+    from .parameter_server.store import Store
+    from .parameter_server.tables import Optimizer, TableSpec
+    from .workers.embeddings.base import Feature
+    from .workers.embeddings.collection import EmbeddingBagCollection
+    from .workers.evaluate import evaluate

@@ -1,0 +1,175 @@
+"""Runs through the command line on one Ray cluster: finished, stopped, resumed, broken, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from embershard.cluster.coordinator import Coordinator, ShardPlan
+from embershard.cluster.run_folder import read_metrics, read_run
+from embershard.datasets.synthetic import generate
+
+SMALL = {
+    "data": {"batch_size": 64},
+    "model": {"bottom": [8], "top": [8]},
+    "embedding": {"dim": 4},
+    "train": {"log_every": 2, "threads": 1},
+    "store": {"blocks": 32, "timeout": 30},
+    "cluster": {"driver_timeout": 3, "start_timeout": 120},
+}
+
+
+class Command:
+    """`embershard` in a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBERSHARD_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "embershard", *arguments],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, timeout: float = 240.0) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        finally:
+            self.process.kill()
+        return self.process.returncode, out, err
+
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 240.0) -> None:
+        def ended_or_true() -> bool:
+            if self.process.poll() is not None:
+                pytest.fail(f"ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
+            return bool(condition())
+
+        wait_until(ended_or_true, timeout)
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {timeout:g} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+    """A folder with train/, eval/ and small.yaml, which joins the tests' cluster."""
+    path = tmp_path_factory.mktemp("runs")
+    for name, rows, seed in (("train", 4000, 0), ("eval", 1000, 1)):
+        generate(str(path / name), rows=rows, seed=seed, cardinalities=(300, 40, 7), dense=2)
+    data = SMALL["data"] | {"path": str(path / "train"), "eval_path": str(path / "eval")}
+    cluster = SMALL["cluster"] | {"address": ray_address}
+    (path / "small.yaml").write_text(yaml.safe_dump(SMALL | {"data": data, "cluster": cluster}))
+    return path
+
+
+def actors_of(run: Path) -> list[str]:
+    import ray
+
+    namespace = read_run(run)["namespace"]
+    return [
+        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == namespace
+    ]
+
+
+def groups_of(run: Path) -> list[str]:
+    import ray
+
+    namespace = read_run(run)["namespace"]
+    groups = ray.util.placement_group_table().values()
+    return [group["state"] for group in groups if group["name"] == namespace and group["state"] != "REMOVED"]
+
+
+def test_two_workers_finish(folder: Path) -> None:
+    """The contract's keys are there, rows crossed the wire, and nothing is left on the cluster."""
+    command = Command(folder, "train", "small.yaml", "run.dir=two", "cluster.workers=2", "train.max_steps=20", "--json")
+    code, out, err = command.finish()
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["run_dir"] == str(folder / "two")
+    assert (summary["steps"], summary["samples"], summary["shards"], summary["workers"]) == (20, 20 * 64, 2, 2)
+    assert (summary["method"], summary["placement"]) == ("full", "sharded")
+    assert summary["eval"]["samples"] == 1000
+    for key in ("auc", "logloss", "normalized_entropy"):
+        assert 0 < summary["eval"][key] < 10
+    for key in ("seconds", "samples_per_second", "train_loss", "rows_pulled", "rows_pushed", "wire_bytes"):
+        assert summary[key] > 0
+    assert summary["embedding_bytes"] == 4 * summary["embedding_parameters"] == summary["full_embedding_bytes"]
+    assert summary["compression_ratio"] == 1.0
+    assert [m["step"] for m in read_metrics(folder / "two")][-1] == 20
+    assert "Traceback" not in err and "(raylet)" not in err and "pid=" not in err
+    assert actors_of(folder / "two") == [] and groups_of(folder / "two") == []
+
+
+def test_stopped_then_resumed_then_a_shard_dies(folder: Path) -> None:
+    import ray
+
+    run = folder / "stopped"
+    command = Command(folder, "train", "small.yaml", "run.dir=stopped", "train.epochs=100000")
+    command.wait_until(lambda: read_metrics(run))
+    command.process.send_signal(signal.SIGINT)
+    code, _, err = command.finish()
+    assert code == 130, err
+    assert err.splitlines()[-1].startswith("embershard: stopped at step ")
+    assert read_run(run)["status"] == "interrupted"
+    step = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+    assert f"step {step};" in err.splitlines()[-1]
+
+    command = Command(folder, "train", "stopped", "--resume", "train.epochs=100000")
+    command.wait_until(lambda: [m for m in read_metrics(run) if m["generation"] == 2])
+    assert next(m["step"] for m in read_metrics(run) if m["generation"] == 2) > step
+    ray.kill(ray.get_actor("shard-1", namespace=read_run(run)["namespace"]))
+    code, _, err = command.finish()
+    assert code == 1, err
+    assert err.splitlines()[-1].startswith("embershard: shard 1 died")
+    assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
+    assert actors_of(run) == [] and groups_of(run) == []
+
+
+def test_a_killed_driver_leaves_nothing_behind(folder: Path) -> None:
+    run = folder / "killed"
+    command = Command(folder, "train", "small.yaml", "run.dir=killed", "train.epochs=100000")
+    command.wait_until(lambda: read_metrics(run))
+    assert sorted(actors_of(run)) == ["coordinator", "shard-0", "shard-1"]
+    command.process.kill()
+    command.process.wait()
+    wait_until(lambda: not actors_of(run) and not groups_of(run))
+
+
+def test_an_error_in_a_worker_is_one_line(folder: Path) -> None:
+    """An id beyond the stated cardinality shows only when rows are read: in a worker, and it is the user's to mend."""
+    command = Command(
+        folder, "train", "small.yaml", "run.dir=wrong", "embedding.features.c1.cardinality=5", "train.max_steps=20"
+    )
+    code, _, err = command.finish()
+    assert code == 2, err
+    assert "c1" in err.splitlines()[-1] and "out_of_range" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_no_room_for_the_shards(ray_address: str) -> None:
+    """A request that cannot be met ends after the stated wait, with both numbers."""
+    import ray
+
+    coordinator = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=4).remote(60.0)
+    plan = ShardPlan("no-room", 2, 50.0, 32, 0, True, 0.5)
+    with pytest.raises(Exception, match=r"2 shards ask for 50 CPUs each, and the cluster has .* of 4 CPUs free"):
+        ray.get(coordinator.start.remote(plan))
+    ray.get(coordinator.end.remote())
+    ray.kill(coordinator)

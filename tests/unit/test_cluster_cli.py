@@ -1,0 +1,114 @@
+"""The command line without Ray: exit codes, one-line errors, JSON as the last line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from embershard.cluster.cli import main
+from embershard.cluster.run_folder import RunFolder
+
+COMMANDS = ("train", "evaluate", "convert", "generate", "inspect", "doctor")
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def error(self) -> str:
+        assert self.err.count("\n") == 1, f"not one line: {self.err}"
+        assert self.err.startswith("embershard: ")
+        return self.err
+
+    @property
+    def json(self) -> dict[str, object]:
+        return dict(json.loads(self.out.splitlines()[-1]))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["embershard", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run_command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(run, command: str) -> None:  # type: ignore[no-untyped-def]
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f"embershard {command}" in result.out.split("Examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("trian",), "Did you mean 'train'"),
+        (("generate", "out"), "--rows"),
+        (("generate", "out", "--rows", "0"), "--rows"),
+        (("generate", "out", "--rows", "10", "--cardinalities", "a,b"), "--cardinalities: 'a,b'"),
+        (("convert", "criteo", "only-one"), "at least one INPUT and the OUTPUT"),
+        (("convert", "avazu", "a", "b"), "avazu"),
+        (("train", "absent.yaml"), "absent.yaml: no such configuration file"),
+        (("train", "train.epocs=2"), "did you mean 'train.epochs'"),
+        (("train", "--resume"), "which run?"),
+        (("train", "data.path=absent"), "absent"),
+        (("train", "run.dir=absent", "data.path=x", "--resume"), "x"),
+        (("train", "."), "without config.yaml"),
+        (("evaluate", "absent", "--data", "absent"), "absent"),
+        (("evaluate", "absent"), "--data"),
+        (("inspect", "absent"), "absent"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(run, arguments: tuple[str, ...], says: str) -> None:  # type: ignore[no-untyped-def]
+    result = run(*arguments)
+    assert result.code == 2
+    assert says in result.error
+    assert "Traceback" not in result.err
+
+
+def test_debug_shows_the_traceback(run) -> None:  # type: ignore[no-untyped-def]
+    assert "Traceback" in run("inspect", "absent", "--debug").err
+
+
+def test_without_arguments_help(run) -> None:  # type: ignore[no-untyped-def]
+    result = run()
+    assert result.code == 2
+    assert "train" in result.err
+
+
+def test_an_existing_run_needs_resume(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = RunFolder.open(tmp_path / "old", resume=False)
+    folder.save_config("seed: 3\n")
+    folder.close("finished")
+    result = run("train", "old")
+    assert result.code == 2
+    assert "already a run; add --resume" in result.error
+
+
+def test_generate_then_inspect(run) -> None:  # type: ignore[no-untyped-def]
+    made = run("generate", "log", "--rows", "3000", "--cardinalities", "50,9", "--json")
+    assert made.code == 0
+    assert made.json["rows"] == 3000
+    seen = run("inspect", "log", "--verify", "--json")
+    assert (seen.code, seen.json["kind"], seen.json["rows"]) == (0, "dataset", 3000)
+    assert seen.json["problems"] == []
+    again = run("generate", "log", "--rows", "3000")
+    assert again.code == 2 and "log" in again.error
+
+
+def test_doctor(run) -> None:  # type: ignore[no-untyped-def]
+    result = run("doctor", "--json")
+    findings = result.json["findings"]
+    assert isinstance(findings, list)
+    assert {"torch", "ray", "cpus", "memory", "kernel cache", "loopback"} <= {finding["name"] for finding in findings}
+    assert result.json["ok"] is (result.code == 0)
