@@ -127,7 +127,9 @@ def commit(
         dense=dense,
         state=dict(state),
     )
-    content: dict[str, Any] = json.loads(json.dumps(manifest.model_dump(mode="json")))
+    # The caller's state goes through json itself: pydantic would write a NaN as null.
+    described = manifest.model_dump(mode="json", exclude={"state"})
+    content: dict[str, Any] = json.loads(json.dumps({**described, "state": manifest.state}))
     text = json.dumps({"digest": digest(_canonical(content)), **content}, indent=1)
     write_file(directory, MANIFEST, text.encode())
     return content

@@ -8,7 +8,7 @@ from threading import RLock
 
 import numpy as np
 
-from . import kernels, ledger, optimizers
+from . import kernels, ledger, optimizers, snapshot
 from .blocks import BlockMap
 from .memory import SlabMemory, split_block
 from .snapshot import LEDGER, Snapshot
@@ -72,7 +72,7 @@ class Contents:
             layout = copy.deepcopy(self.layout)
             added = [SlabMemory(slab) for slab in layout.add(tables)]
             for memory in added:
-                kernels.warm_up(memory.slab.index_dtype)
+                warm_up(memory.slab.index_dtype)
                 for block in np.flatnonzero(self._held).tolist():
                     memory.initialise(block, layout.seed)
             self.layout = layout
@@ -110,8 +110,8 @@ class Contents:
                 raise StoreError(f"shard {self.number} does not hold block {block}")
             tensors = {LEDGER + name: value for name, value in self.ledger.export_block(block).items()}
             for memory in self._memory:
-                weights, state = memory.block(block)
-                tensors |= split_block(memory.slab, block, weights.copy(), state)
+                weights, state = (array.copy() for array in memory.block(block))
+                tensors |= split_block(memory.slab, block, weights, state)
             return tensors
 
     def load_block(self, block: int, tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -149,3 +149,10 @@ class Contents:
             memory.weights[index[here]] = weights[here]
             initial = optimizers.initial_state(memory.slab.optimizer)
             memory.state[index[here]] = initial if state is None else state[here]
+
+
+def warm_up(index_dtype: np.dtype[np.unsignedinteger]) -> None:
+    """Compiles every kernel that a shard runs on indices of this dtype, so that no served request waits for it."""
+    kernels.warm_up(index_dtype)
+    ledger.warm_up()
+    snapshot.warm_up(index_dtype)

@@ -130,3 +130,10 @@ class Ledger:
                 self._highest = np.concatenate([self._highest, empty])
                 self._window = np.concatenate([self._window, empty])
         return slot
+
+
+def warm_up() -> None:
+    """Compiles the kernels of the ledger, or loads them from the cache."""
+    ledger, block = Ledger(1), np.zeros(1, np.int64)
+    ledger.mark(0, 0, block)
+    ledger.check(0, 0, block)

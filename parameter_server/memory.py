@@ -43,7 +43,8 @@ def share_of(slab: Slab, table: int, block: int) -> slice:
 def split_block(slab: Slab, block: int, weights: np.ndarray, state: np.ndarray) -> dict[str, np.ndarray]:
     """A block's rows by table: "<table>/weight" [n, width] and "<table>/<state name>" [n, columns], contiguous.
 
-    weights [rows_per_block, width] and state [rows_per_block, state_width] are the block's own; weights may be viewed.
+    weights [rows_per_block, width] and state [rows_per_block, state_width] are the block's own; the tensors may be
+    views of both.
     """
     tensors = {}
     columns = state_columns(slab.optimizer, slab.width)

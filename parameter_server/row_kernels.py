@@ -218,8 +218,9 @@ def update_adam(
         row = np.intp(index[i])
         step = state[row, 2 * width] + one
         state[row, 2 * width] = step
-        rate = np.float32(float(learning_rate) / (1.0 - float(beta1) ** float(step)))
-        root = np.float32(math.sqrt(1.0 - float(beta2) ** float(step)))
+        # Only the bias correction is in double precision: 1 - b^t loses digits where b is close to 1.
+        rate = np.float32(np.float64(learning_rate) / (1.0 - np.float64(beta1) ** np.float64(step)))
+        root = np.float32(math.sqrt(1.0 - np.float64(beta2) ** np.float64(step)))
         for j in range(width):
             g = grads[i, j]
             m = beta1 * state[row, j] + (one - beta1) * g

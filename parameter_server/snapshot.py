@@ -14,7 +14,8 @@ import numpy as np
 from .jit import jit
 from .ledger import Ledger
 from .memory import SlabMemory, reserve, split_block
-from .tables import TableSpec
+from .tables import Slab, TableSpec
+from .validation import readable
 
 LEDGER = "ledger/"  # prefix of a block's ledger tensors
 
@@ -203,3 +204,10 @@ class Snapshot:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def warm_up(index_dtype: np.dtype[np.unsignedinteger]) -> None:
+    """Compiles the kernels of a cut for indices of this dtype, or loads them from the cache."""
+    cut = SlabCut(SlabMemory(Slab(0, (TableSpec(name="warm-up", rows=1, width=1),), 1)), 1)
+    cut.save(readable(np.zeros(1, index_dtype)), np.ones(1, np.bool_))
+    cut.copy_block(0)
