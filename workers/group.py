@@ -1,7 +1,5 @@
 """What the workers of a run tell each other; alone, a worker agrees with itself at no cost."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +47,8 @@ class Group:
         return values[0]
 
 
-def sum_gradients(_: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+# DDP looks at the annotations themselves: no `from __future__ import annotations` in this file.
+def sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """DDP hook: adds gradients over the ranks. DDP would average, but each rank's loss is a share of the batch's."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])

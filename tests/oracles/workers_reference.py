@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ class ReferenceDLRM(nn.Module):
             nn.EmbeddingBag.from_pretrained(torch.tensor(table), freeze=False, mode="sum") for table in tables
         )
         self.bottom = nn.Sequential()
-        for n, m in zip(bottom, bottom[1:], strict=False):
+        for n, m in pairwise(bottom):
             self.bottom.extend([nn.Linear(n, m), nn.ReLU()])
         self.top = nn.Sequential()
-        for n, m in zip(top, top[1:], strict=False):
+        for n, m in pairwise(top):
             self.top.extend([nn.Linear(n, m), nn.ReLU()])
         self.top = self.top[:-1]
-        self.load_state_dict({k: v for k, v in state.items()}, strict=False)
+        self.load_state_dict(dict(state), strict=False)
 
     def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
         """dense [B, D], ids [B, F], one per feature -> logits [B]."""

@@ -84,7 +84,9 @@ def trained(shards: int, kind: str, lag: int, sync: bool) -> dict[str, np.ndarra
         return found | dense_tensors(net, learner)
 
 
-@pytest.mark.parametrize(("kind", "lag", "sync"), [("rowwise_adagrad", 0, True), ("adam", 0, True), ("adagrad", 1, False)])
+@pytest.mark.parametrize(
+    ("kind", "lag", "sync"), [("rowwise_adagrad", 0, True), ("adam", 0, True), ("adagrad", 1, False)]
+)
 def test_bit_identical_for_any_number_of_shards(kind: str, lag: int, sync: bool) -> None:
     one = trained(1, kind, lag, sync)
     for shards in (2, 3, 7):

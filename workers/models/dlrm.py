@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -48,23 +49,20 @@ class _LowerDots(torch.autograd.Function):
         return torch.bmm(both, x), None, None
 
 
-class DotInteraction(torch.nn.Module):
+@cache
+def _pairs(vectors: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat positions of the pairs (i, j < i) in [n, n], and for every position the pair it belongs to."""
+    row, column = torch.tril_indices(vectors, vectors, -1)
+    place = torch.zeros(vectors, vectors, dtype=torch.int64)
+    place[row, column] = place[column, row] = torch.arange(len(row))
+    return (row * vectors + column).to(device), place.flatten().to(device)
+
+
+def dot_interaction(x: Tensor) -> Tensor:
     """Dot products of all pairs of distinct vectors: [B, n, d] -> [B, n (n - 1) / 2], pair (i, j < i) in row order."""
-
-    lower: Tensor
-    mirror: Tensor
-
-    def __init__(self, vectors: int) -> None:
-        super().__init__()
-        row, column = torch.tril_indices(vectors, vectors, -1)
-        place = torch.zeros(vectors, vectors, dtype=torch.int64)
-        place[row, column] = place[column, row] = torch.arange(len(row))
-        self.register_buffer("lower", row * vectors + column, persistent=False)
-        self.register_buffer("mirror", place.flatten(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _LowerDots.apply(x, self.lower, self.mirror)  # type: ignore[no-untyped-call]
-        return out
+    # The positions are no buffers of a module: DistributedDataParallel would broadcast them in every step.
+    out: Tensor = _LowerDots.apply(x, *_pairs(x.shape[1], x.device))  # type: ignore[no-untyped-call]
+    return out
 
 
 class DLRM(Model):
@@ -81,16 +79,15 @@ class DLRM(Model):
         generator = torch.Generator().manual_seed(seed)
         self.bottom = mlp([dense, *bottom, dim], generator, linear_last=False) if dense else None
         vectors = features + 1 if dense else features
-        self.interaction = DotInteraction(vectors)
         width = (dim if dense else 0) + vectors * (vectors - 1) // 2
         self.top = mlp([width, *top, 1], generator, linear_last=True)
 
     def forward(self, dense: Tensor, vectors: Tensor) -> Tensor:
         if self.bottom is None:
-            inputs = self.interaction(vectors)
+            inputs = dot_interaction(vectors)
         else:
             below = self.bottom(dense)
-            pairs = self.interaction(torch.cat([below.unsqueeze(1), vectors], 1))
+            pairs = dot_interaction(torch.cat([below.unsqueeze(1), vectors], 1))
             inputs = torch.cat([below, pairs], 1)
         logits: Tensor = self.top(inputs)
         return logits.squeeze(1)
