@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -125,54 +126,77 @@ class RowGroupReader:
 
 
 class DecodedWindow:
-    """A window's columns in memory, and the addresses of their buffers for the gather kernels."""
+    """A window's rows as arrays, in reading order, cut where this rank's batches end.
 
-    def __init__(self, reader: RowGroupReader, window: Window, order: np.ndarray) -> None:
-        self.order = order
-        self._groups = window.groups
-        self._files, self._schema = reader.files, reader.schema
-        self._chunks = [reader.read(group) for group in window.groups]  # keeps the buffers alive
-        shape = (len(self._schema.columns), len(self._chunks))
-        self._data, self._valid, self._bit = (
-            np.zeros(shape, np.uint64),
-            np.zeros(shape, np.uint64),
-            np.zeros(shape, np.int64),
-        )
-        for c, arrays in enumerate(self._chunks):
-            for k, array in enumerate(arrays):
-                bitmap, values = array.buffers()
-                self._data[k, c] = values.address + array.offset * (array.type.bit_width // 8)
-                if array.null_count:
-                    self._valid[k, c], self._bit[k, c] = bitmap.address, array.offset
-        self._kinds = np.array([_KINDS.get(array.type, kernels.INT8) for array in self._chunks[0]], np.int64)
+    order: references of the rows to read; first: rows up to the first cut; share: rows between cuts after that.
 
-    def gather(
-        self, begin: int, end: int, at: int, labels: np.ndarray, dense: np.ndarray, ids: np.ndarray, missing_id: int
+    Raises:
+        DataError: as `RowGroupReader.read`; a label that is not 0 or 1; a dense value that is NaN or infinite.
+    """
+
+    def __init__(
+        self, reader: RowGroupReader, window: Window, order: np.ndarray, first: int, share: int, missing_id: int
     ) -> None:
-        """Rows begin to end of the window's order into labels [B], dense [B, D], ids [F, B], from place `at` on.
-
-        Raises:
-            DataError: a label that is not 0 or 1, a dense value that is NaN or infinite.
-        """
-        rows, schema = self.order[begin:end], self._schema
-        d = slice(1, 1 + len(schema.dense))
+        self._schema, self._cuts, self._at = reader.schema, (first, share), 0
+        chunks = [reader.read(group) for group in window.groups]
+        kinds = np.array([_KINDS.get(reader.types[name], kernels.INT8) for name in self._schema.columns], np.int64)
+        data, valid, bit = _addresses(chunks)
+        d = slice(1, 1 + len(self._schema.dense))
         f = slice(d.stop, None)
-        bad = kernels.gather_labels(rows, at, self._data[0], self._valid[0], self._bit[0], labels)
+        self._labels = _allocate((len(order),), np.float32)
+        self._dense = _allocate((len(order), len(self._schema.dense)), np.float32)
+        self._ids = _allocate((len(order) * len(self._schema.categorical),), np.int64)
+        bad = kernels.gather_labels(order, data[0], valid[0], bit[0], self._labels)
         if bad >= 0:
-            raise self._bad_value(rows[bad], 0, "labels must be 0 or 1")
-        bad = kernels.gather_dense(
-            rows, at, self._kinds[d], self._data[d], self._valid[d], self._bit[d],
-            schema.dense_transform == "log1p", kernels.LOG1P_TABLE, dense,
-        )  # fmt: skip
+            raise _bad_value(reader, window, chunks, order[bad], 0, "labels must be 0 or 1")
+        log1p = self._schema.dense_transform == "log1p"
+        bad = kernels.gather_dense(order, kinds[d], data[d], valid[d], bit[d], log1p, kernels.LOG1P_TABLE, self._dense)
         if bad >= 0:
-            row, column = divmod(bad, len(schema.dense))
-            raise self._bad_value(rows[row], 1 + column, "write a null where a value is missing")
-        kernels.gather_ids(rows, at, self._kinds[f], self._data[f], self._valid[f], self._bit[f], missing_id, ids)
+            row, column = divmod(bad, len(self._schema.dense))
+            raise _bad_value(reader, window, chunks, order[row], 1 + column, "write a null where a value is missing")
+        kernels.gather_ids(order, first, share, kinds[f], data[f], valid[f], bit[f], missing_id, self._ids)
 
-    def _bad_value(self, reference: int, column: int, advice: str) -> DataError:
-        chunk, row = int(reference) >> 32, int(reference) & 0xFFFFFFFF
-        group = self._groups[chunk]
-        file, value = self._files[group.file], self._chunks[chunk][column][row].as_py()
-        place = sum(file.rows[: group.group]) + row
-        name = self._schema.columns[column]
-        return DataError(f"{file.path}: column {name!r}, row {place}: found {value}; {advice}")
+    @property
+    def exhausted(self) -> bool:
+        return self._at == len(self._labels)
+
+    def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Views of the rows up to the next cut: labels [N], dense [N, D], ids [F, N]."""
+        begin = self._at
+        self._at = min(len(self._labels), begin + (self._cuts[1] if begin else self._cuts[0]))
+        features = len(self._schema.categorical)
+        ids = self._ids[features * begin : features * self._at].reshape(features, self._at - begin)
+        return self._labels[begin : self._at], self._dense[begin : self._at], ids
+
+
+def _addresses(chunks: Sequence[Sequence[pa.Array]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, validity bitmaps (0: no nulls) and offsets into these, uint64 [columns, chunks], of Arrow arrays."""
+    data, valid, bit = np.zeros((3, len(chunks[0]), len(chunks)), np.uint64)
+    for c, arrays in enumerate(chunks):
+        for k, array in enumerate(arrays):
+            bitmap, values = array.buffers()
+            data[k, c] = values.address + array.offset * (array.type.bit_width // 8)
+            if array.null_count:
+                valid[k, c], bit[k, c] = bitmap.address, array.offset
+    return data, valid, bit
+
+
+def _allocate(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """From Arrow's pool, which keeps pages: a fresh large numpy array costs a page fault every 4 KiB."""
+    size = math.prod(shape)
+    return np.frombuffer(pa.allocate_buffer(size * np.dtype(dtype).itemsize), dtype, size).reshape(shape)
+
+
+def _bad_value(
+    reader: RowGroupReader,
+    window: Window,
+    chunks: Sequence[Sequence[pa.Array]],
+    reference: int,
+    column: int,
+    advice: str,
+) -> DataError:
+    chunk, row = int(reference) >> 32, int(reference) & 0xFFFFFFFF
+    group = window.groups[chunk]
+    file, value = reader.files[group.file], chunks[chunk][column][row].as_py()
+    place = sum(file.rows[: group.group]) + row
+    return DataError(f"{file.path}: column {reader.schema.columns[column]!r}, row {place}: found {value}; {advice}")

@@ -131,12 +131,9 @@ def _verify(files: Sequence[DataFile], schema: Schema) -> list[str]:
         return [str(error)]
     for group in reader.row_groups():
         window = Window(0, (group,))
-        labels = np.empty(group.rows, np.float32)
-        dense = np.empty((group.rows, len(schema.dense)), np.float32)
-        ids = np.empty((len(schema.categorical), group.rows), np.int64)
         try:
-            decoded = DecodedWindow(reader, window, row_order(0, 0, window, shuffled=False))
-            decoded.gather(0, group.rows, 0, labels, dense, ids, MISSING_ID)
+            order = row_order(0, 0, window, shuffled=False)
+            labels, _, _ = DecodedWindow(reader, window, order, group.rows, group.rows, MISSING_ID).take()
             positives += int(labels.sum(dtype=np.float64))
         except DataError as error:
             problems.append(str(error))

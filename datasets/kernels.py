@@ -10,7 +10,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from .jit import jit
@@ -20,16 +20,18 @@ Array = np.ndarray[Any, Any]
 # Storage types that the gather kernels read; everything else is cast before.
 INT8, INT32, INT64, FLOAT32, FLOAT64 = range(5)
 LOG1P_TABLE = np.log1p(np.arange(4096, dtype=np.float64)).astype(np.float32)
-_HUGE = 1 << 48
-_ROW = 0xFFFFFFFF
+_ROW = np.uint64(0xFFFFFFFF)
 
 
 @intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+def _load(typing_context: Any, address: Any, place: Any, kind: Any) -> Any:
+    """The element of type `kind` at `place` of an array that begins at `address`."""
 
-    return types.voidptr(types.uint64), generate
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], context.get_value_type(kind.dtype).as_pointer())
+        return builder.load(builder.gep(pointer, [arguments[1]]))
+
+    return kind.dtype(types.uint64, types.uint64, kind), generate
 
 
 @jit
@@ -63,65 +65,94 @@ def references(rows: Array) -> Array:
 
 
 @jit
-def _is_valid(bitmap: int, bit: int) -> bool:
+def _is_valid(bitmap: np.uint64, bit: np.uint64) -> Any:
     """Bit `bit` of the Arrow validity bitmap at an address; address 0 means that nothing is null."""
-    if bitmap == 0:
-        return True
-    byte = numba.carray(_pointer(bitmap), (_HUGE,), np.uint8)[bit >> 3]
-    return bool((byte >> (bit & 7)) & 1)
+    return bitmap == 0 or (_load(bitmap, bit >> np.uint64(3), numba.uint8) >> (bit & np.uint64(7))) & 1 == 1
 
 
 @jit
-def gather_labels(rows: Array, at: int, data: Array, valid: Array, bit: Array, out: Array) -> int:
-    """out float32 [B] from `at` on = the labels of the references `rows`; int8 storage, per chunk uint64 [C] addresses.
+def _chunk_row(reference: np.int64) -> Any:
+    """Unsigned, so that indexing needs no check for negative numbers."""
+    return np.uint64(reference) >> np.uint64(32), np.uint64(reference) & _ROW
 
-    Returns -1, or the place in `rows` of the first label that is not 0 or 1.
+
+@jit
+def gather_labels(rows: Array, data: Array, valid: Array, bit: Array, out: Array) -> int:
+    """out float32 [N] = the labels of the references `rows` int64 [N]; int8 storage at uint64 [C] addresses.
+
+    valid uint64 [C]: addresses of the bitmaps, 0 where nothing is null; bit uint64 [C]: offsets into them. Returns -1,
+    or the place in `rows` of the first label that is not 0 or 1.
     """
-    for b in range(len(rows)):
-        chunk, row = rows[b] >> 32, rows[b] & _ROW
-        label = numba.carray(_pointer(data[chunk]), (_HUGE,), np.int8)[row]
+    for i in range(len(rows)):
+        chunk, row = _chunk_row(rows[i])
+        label = _load(data[chunk], row, numba.int8)
         if (label != 0 and label != 1) or not _is_valid(valid[chunk], bit[chunk] + row):
-            return b
-        out[at + b] = label
+            return i
+        out[i] = label
     return -1
 
 
 @jit
-def gather_ids(
-    rows: Array, at: int, kinds: Array, data: Array, valid: Array, bit: Array, missing: int, out: Array
-) -> None:
-    """out int64 [F, B] from column `at` on = ids of the references `rows`, nulls as `missing`.
+def _gather(rows: Array, kind: int, data: Array, out: Array) -> None:
+    """One column, uint64 [C] addresses, into out [N] of any type."""
+    if kind == INT64:
+        for i in range(len(rows)):
+            chunk, row = _chunk_row(rows[i])
+            out[i] = _load(data[chunk], row, numba.int64)
+    elif kind == INT32:
+        for i in range(len(rows)):
+            chunk, row = _chunk_row(rows[i])
+            out[i] = _load(data[chunk], row, numba.int32)
+    elif kind == FLOAT32:
+        for i in range(len(rows)):
+            chunk, row = _chunk_row(rows[i])
+            out[i] = _load(data[chunk], row, numba.float32)
+    else:
+        for i in range(len(rows)):
+            chunk, row = _chunk_row(rows[i])
+            out[i] = _load(data[chunk], row, numba.float64)
 
-    kinds: int64 [F], INT32 or INT64; data, valid uint64 [F, C] addresses; bit int64 [F, C] offsets into the bitmaps.
+
+@jit
+def _fill_nulls(rows: Array, valid: Array, bit: Array, value: Any, out: Array) -> None:
+    if valid.any():
+        for i in range(len(rows)):
+            chunk, row = _chunk_row(rows[i])
+            out[i] = out[i] if _is_valid(valid[chunk], bit[chunk] + row) else value
+
+
+@jit
+def gather_ids(
+    rows: Array, first: int, share: int, kinds: Array, data: Array, valid: Array, bit: Array, missing: int, out: Array
+) -> None:
+    """The ids of F features of the references `rows` int64 [N], nulls as `missing`, cut into batches.
+
+    Batches end after `first` rows and then every `share` rows; batch by batch, out int64 [F * N] holds [F, rows of the
+    batch]. A column is read for the whole window before the next, so that it stays in the cache.
+
+    kinds int64 [F]: INT32 or INT64; data, valid, bit uint64 [F, C] as in `gather_labels`.
     """
-    for f in range(len(kinds)):
-        nulls = valid[f].any()
-        if kinds[f] == INT64:
-            for b in range(len(rows)):
-                out[f, at + b] = numba.carray(_pointer(data[f, rows[b] >> 32]), (_HUGE,), np.int64)[rows[b] & _ROW]
-        else:
-            for b in range(len(rows)):
-                out[f, at + b] = numba.carray(_pointer(data[f, rows[b] >> 32]), (_HUGE,), np.int32)[rows[b] & _ROW]
-        if nulls:
-            for b in range(len(rows)):
-                chunk, row = rows[b] >> 32, rows[b] & _ROW
-                if not _is_valid(valid[f, chunk], bit[f, chunk] + row):
-                    out[f, at + b] = missing
+    features = len(kinds)
+    for f in range(features):
+        begin, end = 0, min(first, len(rows))
+        while begin < len(rows):
+            at = features * begin + f * (end - begin)
+            part = out[at : at + end - begin]
+            _gather(rows[begin:end], kinds[f], data[f], part)
+            _fill_nulls(rows[begin:end], valid[f], bit[f], missing, part)
+            begin, end = end, min(end + share, len(rows))
 
 
 @jit
 def _log1p(value: np.float64, table: Array) -> Any:
-    if value <= 0:
-        return np.float32(0)
-    if value < len(table) and value == np.int64(value):
-        return table[np.int64(value)]
-    return np.float32(np.log1p(value))
+    clipped = max(value, 0.0)
+    whole = np.uint64(clipped)
+    return table[whole] if whole < len(table) and whole == clipped else np.float32(np.log1p(clipped))
 
 
 @jit
 def gather_dense(
     rows: Array,
-    at: int,
     kinds: Array,
     data: Array,
     valid: Array,
@@ -130,31 +161,25 @@ def gather_dense(
     table: Array,
     out: Array,
 ) -> int:
-    """out float32 [B, D] from row `at` on = dense values of the references `rows`, nulls as 0.
+    """out float32 [N, D] = dense values of the references `rows` int64 [N], nulls as 0.
 
-    kinds: int64 [D]; log1p: ln(max(x, 0) + 1) instead of x, through `table` (LOG1P_TABLE) for small integers. Returns
-    -1, or place * D + column of a value that is NaN or infinite.
+    kinds int64 [D]; data, valid, bit uint64 [D, C] as in `gather_labels`; log1p: ln(max(x, 0) + 1) instead of x,
+    through `table` (LOG1P_TABLE) for small integers. Returns -1, or place * D + column of a value that is NaN or
+    infinite.
     """
     width, bad = len(kinds), -1
+    column, columns = np.empty(len(rows), np.float64), np.empty((width, len(rows)), np.float32)
     for k in range(width):
-        nulls = valid[k].any()
-        for b in range(len(rows)):
-            chunk, row = rows[b] >> 32, rows[b] & _ROW
-            if nulls and not _is_valid(valid[k, chunk], bit[k, chunk] + row):
-                out[at + b, k] = 0
-                continue
-            pointer = _pointer(data[k, chunk])
-            if kinds[k] == INT32:
-                value = np.float64(numba.carray(pointer, (_HUGE,), np.int32)[row])
-            elif kinds[k] == INT64:
-                value = np.float64(numba.carray(pointer, (_HUGE,), np.int64)[row])
-            elif kinds[k] == FLOAT32:
-                value = np.float64(numba.carray(pointer, (_HUGE,), np.float32)[row])
-            else:
-                value = numba.carray(pointer, (_HUGE,), np.float64)[row]
+        _gather(rows, kinds[k], data[k], column)
+        _fill_nulls(rows, valid[k], bit[k], 0.0, column)
+        for i in range(len(rows)):
+            value = column[i]
             if not np.isfinite(value):
-                bad = b * width + k
-            out[at + b, k] = _log1p(value, table) if log1p else value
+                bad, value = i * width + k, 0.0
+            columns[k, i] = _log1p(value, table) if log1p else value
+    for i in range(len(rows)):
+        for k in range(width):
+            out[i, k] = columns[k, i]
     return bad
 
 
@@ -181,8 +206,8 @@ def warm_up() -> None:
     shuffle(rows, np.uint64(mix(np.uint64(0), np.uint64(0))))
     value = np.zeros(1, np.int64)
     address, none = np.full((1, 1), value.ctypes.data, np.uint64), np.zeros((1, 1), np.uint64)
-    kinds, bit = np.full(1, INT64), np.zeros((1, 1), np.int64)
-    gather_labels(rows, 0, address[0], none[0], bit[0], np.empty(1, np.float32))
-    gather_dense(rows, 0, kinds, address, none, bit, True, LOG1P_TABLE, np.empty((1, 1), np.float32))
-    gather_ids(rows, 0, kinds, address, none, bit, -1, np.empty((1, 1), np.int64))
+    kinds = np.full(1, INT64)
+    gather_labels(rows, address[0], none[0], none[0], np.empty(1, np.float32))
+    gather_dense(rows, kinds, address, none, none, True, LOG1P_TABLE, np.empty((1, 1), np.float32))
+    gather_ids(rows, 1, 1, kinds, address, none, none, -1, np.empty(1, np.int64))
     count_distinct(value.reshape(1, 1), np.ones((1, 1), np.bool_), 1, np.zeros((1, 2), np.uint8))

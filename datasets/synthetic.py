@@ -23,11 +23,11 @@ CARDINALITIES = tuple(
     )
 )  # fmt: skip
 DENSE = 13
-EXPONENT = 1.2
+EXPONENT = 1.3
 POSITIVE_RATE = 0.25
 
 # Standard deviation of the logit by cause: single ids, pairs of ids, dense values.
-_ID_SIGNAL, _PAIR_SIGNAL, _DENSE_SIGNAL = 1.2, 0.8, 0.35
+_ID_SIGNAL, _PAIR_SIGNAL, _DENSE_SIGNAL = 1.6, 0.6, 0.35
 _DENSE_MISSING = 0.25  # the largest share of nulls; column k has k / DENSE of it
 _BLOCK_ROWS = 131_072
 _FILE_BLOCKS = 8

@@ -47,7 +47,7 @@ def read_rows(path: Path, schema, missing_id: int = -1) -> list[tuple]:
 
 def batch_rows(batch) -> list[tuple]:
     """A batch in the form of `read_rows`."""
-    ids = batch.ids.values.reshape(len(batch.ids.features), -1)
+    ids = batch.ids.values.reshape(len(batch.ids.features), batch.rows)
     return [(float(batch.labels[b]), *batch.dense[b], *(int(i) for i in ids[:, b])) for b in range(batch.rows)]
 
 

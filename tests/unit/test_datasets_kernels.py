@@ -33,12 +33,12 @@ def test_references_name_chunk_and_row():
 
 
 def _addresses(chunks: list[pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    data, valid, bit = np.zeros((3, 1, len(chunks)), np.int64)
+    data, valid, bit = np.zeros((3, 1, len(chunks)), np.uint64)
     for c, chunk in enumerate(chunks):
         bitmap, values = chunk.buffers()
         data[0, c] = values.address + chunk.offset * chunk.type.bit_width // 8
         valid[0, c], bit[0, c] = (bitmap.address, chunk.offset) if chunk.null_count else (0, 0)
-    return data.astype(np.uint64), valid.astype(np.uint64), bit
+    return data, valid, bit
 
 
 def _chunks(kind: pa.DataType, low: int, high: int, null_share: float) -> list[pa.Array]:
@@ -51,15 +51,19 @@ def _chunks(kind: pa.DataType, low: int, high: int, null_share: float) -> list[p
 
 
 @pytest.mark.parametrize(("kind", "code"), [(pa.int32(), kernels.INT32), (pa.int64(), kernels.INT64)])
-def test_gather_ids_reads_any_chunk_and_fills_nulls(kind, code):
-    chunks = _chunks(kind, -5, 2**30, 0.3)
+def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code):
+    columns = [_chunks(kind, -5, 2**30, 0.3) for _ in range(3)]
     rows = kernels.references(np.array([60, 100]))
     kernels.shuffle(rows, np.uint64(1))
-    out = np.full((1, 170), 99, np.int64)
-    kernels.gather_ids(rows, 10, np.array([code]), *_addresses(chunks), -7, out)
-    expected = [chunks[r >> 32][r & 0xFFFFFFFF].as_py() for r in rows.tolist()]
-    assert out[0, 10:].tolist() == [-7 if e is None else e for e in expected]
-    assert (out[0, :10] == 99).all()
+    out = np.empty(3 * 160, np.int64)
+    addresses = [np.concatenate(parts) for parts in zip(*map(_addresses, columns), strict=True)]
+    kernels.gather_ids(rows, 13, 64, np.full(3, code), *addresses, -7, out)
+    expected: list[int] = []
+    for begin, end in ((0, 13), (13, 77), (77, 141), (141, 160)):
+        for chunks in columns:
+            values = [chunks[r >> 32][r & 0xFFFFFFFF].as_py() for r in rows[begin:end].tolist()]
+            expected += [-7 if value is None else value for value in values]
+    assert out.tolist() == expected
 
 
 @pytest.mark.parametrize("log1p", [True, False])
@@ -76,7 +80,7 @@ def test_gather_dense_transforms_and_fills_nulls(kind, code, log1p):
     chunks = _chunks(kind, -3, 10_000, 0.3)
     rows = kernels.references(np.array([60, 100]))
     out = np.empty((160, 1), np.float32)
-    assert kernels.gather_dense(rows, 0, np.array([code]), *_addresses(chunks), log1p, kernels.LOG1P_TABLE, out) == -1
+    assert kernels.gather_dense(rows, np.array([code]), *_addresses(chunks), log1p, kernels.LOG1P_TABLE, out) == -1
     values = [chunks[r >> 32][r & 0xFFFFFFFF].as_py() for r in rows.tolist()]
     expected = [reference.log1p(v) if log1p else np.float32(v or 0) for v in values]
     assert out[:, 0].tolist() == expected
@@ -87,7 +91,7 @@ def test_gather_dense_points_at_nan_and_infinity():
         chunk = pa.array(np.array([0.5, bad, 2.0]))
         rows, out = kernels.references(np.array([3])), np.empty((3, 1), np.float32)
         found = kernels.gather_dense(
-            rows, 0, np.array([kernels.FLOAT64]), *_addresses([chunk]), True, kernels.LOG1P_TABLE, out
+            rows, np.array([kernels.FLOAT64]), *_addresses([chunk]), True, kernels.LOG1P_TABLE, out
         )
         assert found == 1
 
@@ -97,8 +101,8 @@ def test_gather_labels_points_at_what_is_neither_0_nor_1(labels):
     chunk = pa.array(labels, pa.int8())
     data, valid, bit = _addresses([chunk])
     rows, out = kernels.references(np.array([3])), np.empty(3, np.float32)
-    assert kernels.gather_labels(rows, 0, data[0], valid[0], bit[0], out) == 2
-    assert kernels.gather_labels(rows[:2], 0, data[0], valid[0], bit[0], out) == -1
+    assert kernels.gather_labels(rows, data[0], valid[0], bit[0], out) == 2
+    assert kernels.gather_labels(rows[:2], data[0], valid[0], bit[0], out) == -1
     assert out[:2].tolist() == labels[:2]
 
 
