@@ -15,8 +15,8 @@ from .cli_train import evaluate, train
 from .doctor import doctor
 from .errors import exit_code, one_line
 
-# click's UsageError; typer moved it between versions.
-UsageError = typer.BadParameter.__mro__[1]
+# click's UsageError, which typer does not export and has moved between versions.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="embershard",
@@ -42,11 +42,7 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except UsageError as error:
-        context = getattr(error, "ctx", None)
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        _print_error(f"{error.format_message()} See `{context.command_path if context else 'embershard'} --help`.")  # type: ignore[attr-defined]
+        _usage(error)
         sys.exit(2)
     except BrokenPipeError:  # `embershard inspect ... | head`
         sys.stderr.close()
@@ -56,6 +52,15 @@ def main() -> None:
             traceback.print_exc()
         _print_error("interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error))
         sys.exit(exit_code(error))
+
+
+def _usage(error: Exception) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error, file=sys.stderr)
+        return
+    context = getattr(error, "ctx", None)
+    text = getattr(error, "format_message", error.__str__)()
+    _print_error(f"{text} See `{context.command_path if context else 'embershard'} --help`.")
 
 
 def _print_error(text: str) -> None:

@@ -78,13 +78,18 @@ def generate(
       embershard generate data/train --rows 1000000
       embershard generate data/eval --rows 100000 --seed 1
     """
-    sizes = {} if cardinalities is None else {"cardinalities": _numbers(cardinalities)}
     from ..datasets import synthetic
     from .progress import ProgressReporter
 
+    sizes = synthetic.CARDINALITIES if cardinalities is None else _numbers(cardinalities)
     with ProgressReporter() as progress:
         summary = synthetic.generate(
-            str(output), rows=rows, seed=seed, model_seed=model_seed, progress=progress.counter("row"), **sizes
+            str(output),
+            rows=rows,
+            seed=seed,
+            model_seed=model_seed,
+            progress=progress.counter("row"),
+            cardinalities=sizes,
         )
     _print_record(summary)
     if json:

@@ -25,8 +25,8 @@ class RunSection(BaseModel):
     """The `run` section: where the run lives."""
 
     model_config = ConfigDict(extra="forbid")
-    dir: str | None = Field(None, description="folder of the run; None: runs/DATE-NAME")
-    name: str = Field("train", pattern=r"^[\w.-]+$", description="NAME in the default folder")
+    dir: str | None = Field(default=None, description="folder of the run; None: runs/DATE-NAME")
+    name: str = Field(default="train", pattern=r"^[\w.-]+$", description="NAME in the default folder")
 
 
 class ClusterConfig(BaseModel):
@@ -36,13 +36,17 @@ class ClusterConfig(BaseModel):
     address: str | None = Field(
         None, description="Ray cluster to join (auto or host:port); None: a local one for this run"
     )
-    shards: int = Field(2, ge=1, le=4096, description="parameter-server shards")
-    workers: int = Field(1, ge=1, le=4096, description="data-parallel workers")
-    shard_cpus: float = Field(0.25, ge=0, description="CPUs to ask Ray for, per shard")
-    worker_cpus: float = Field(0.5, ge=0, description="CPUs to ask Ray for, per worker")
-    gpus: bool | Literal["auto"] = Field("auto", description="one GPU per worker; auto: if the cluster has as many")
-    start_timeout: float = Field(120.0, gt=0, description="seconds to wait for the cluster to have room")
-    driver_timeout: float = Field(30.0, gt=0, description="seconds after which a silent driver is taken for dead")
+    shards: int = Field(default=2, ge=1, le=4096, description="parameter-server shards")
+    workers: int = Field(default=1, ge=1, le=4096, description="data-parallel workers")
+    shard_cpus: float = Field(default=0.25, ge=0, description="CPUs to ask Ray for, per shard")
+    worker_cpus: float = Field(default=0.5, ge=0, description="CPUs to ask Ray for, per worker")
+    gpus: bool | Literal["auto"] = Field(
+        default="auto", description="one GPU per worker; auto: if the cluster has as many"
+    )
+    start_timeout: float = Field(default=120.0, gt=0, description="seconds to wait for the cluster to have room")
+    driver_timeout: float = Field(
+        default=30.0, gt=0, description="seconds after which a silent driver is taken for dead"
+    )
 
 
 class RunConfig(BaseModel):
@@ -58,7 +62,7 @@ class RunConfig(BaseModel):
     store: StoreConfig = Field(default_factory=StoreConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    seed: int = Field(0, ge=0, lt=2**63, description="of initial values, order and hashes")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of initial values, order and hashes")
 
     @classmethod
     def load(cls, path: str | Path | None = None, *assignments: str) -> RunConfig:

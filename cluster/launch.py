@@ -119,7 +119,7 @@ class _Session:
         addresses = self._start_shards()
         self.progress.note(f"{len(addresses)} shards up after {time.monotonic() - started:.0f} s; starting workers")
         self.folder.update(status="running", shards=list(addresses))
-        summary = self._in_background(
+        summary: dict[str, Any] = self._in_background(
             lambda: start_workers(self.config, self.folder, self.members.namespace, addresses), self._ask_to_stop
         )
         summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary

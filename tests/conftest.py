@@ -32,6 +32,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
             kind = report.nodeid.split("/")[1]
-            seconds[kind] = seconds.get(kind, 0.0) + report.duration
+            seconds[kind] = seconds.get(kind, 0.0) + getattr(report, "duration", 0.0)
     if len(seconds) > 1:
         terminalreporter.write_line("seconds: " + ", ".join(f"{kind} {total:.0f}" for kind, total in seconds.items()))
