@@ -67,14 +67,15 @@ def initial_row(spec, row: int, seed: int) -> np.ndarray:
 
 
 def mean_square(grad: np.ndarray) -> np.float32:
-    """Mean of g^2 in eight partial sums, as the shard adds them."""
+    """Mean of g^2 in eight partial sums, as the shard adds them; what is left over goes first into the first."""
     partial = [F(0)] * 8
     whole = len(grad) - len(grad) % 8
-    for j, g in enumerate(grad):
-        lane = j % 8 if j < whole else 0
-        partial[lane] = F(partial[lane] + g * g)
+    for g in grad[whole:]:
+        partial[0] = F(partial[0] + g * g)
+    for j, g in enumerate(grad[:whole]):
+        partial[j % 8] = F(partial[j % 8] + g * g)
     a, b, c, d, e, f, g, h = partial
-    return F(F(F(F(a + e) + F(c + g)) + F(F(b + f) + F(d + h))) / F(len(grad)))
+    return F(F(F(a + e) + F(c + g)) + F(F(b + f) + F(d + h))) / F(len(grad))
 
 
 def update(optimizer, weight: np.ndarray, state: np.ndarray, grad: np.ndarray, rate: float) -> None:
@@ -87,7 +88,7 @@ def update(optimizer, weight: np.ndarray, state: np.ndarray, grad: np.ndarray, r
         weight -= rate * (grad / (np.sqrt(state) + eps))
     elif optimizer.kind == "rowwise_adagrad":
         state[0] += mean_square(grad)
-        weight -= rate * (grad / (np.sqrt(state[0]) + eps))
+        weight -= rate / (np.sqrt(state[0]) + eps) * grad
     else:
         beta1, beta2 = F(optimizer.beta1), F(optimizer.beta2)
         state[2 * width] += F(1)
