@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,3 +166,39 @@ def test_pulls_never_run_beyond_a_boundary() -> None:
             learner.step(batch, ticket, Clock(1, step, staleness=3), pipeline.settle)
             issued.append(pipeline.issued)
         assert issued == [4, 5, 5, 5, 5, 9, 10, 10, 10, 10]
+
+
+class Lazy(Future):
+    """A pull that is answered when somebody waits for it, and not before."""
+
+    def __init__(self, answer: Future) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def result(self, timeout: float | None = None) -> list[np.ndarray]:
+        if not self.done():
+            self.set_result(self._answer.result())
+        return super().result(timeout)
+
+
+def test_nothing_is_pushed_while_an_own_pull_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what the pull sees would be a race, and one worker alone would not be reproducible."""
+    with Store.open(shards=2, blocks=40) as store:
+        net = network(store)
+        store.begin(1, 1, 0)
+        pulls: list[Lazy] = []
+        open_at_push: list[int] = []
+        pull, push = store.pull, store.push
+
+        def lazy_pull(*arguments: Any) -> Lazy:
+            pulls.append(Lazy(pull(*arguments)))
+            return pulls[-1]
+
+        def checked_push(*arguments: Any) -> Future:
+            open_at_push.append(sum(not future.done() for future in pulls))
+            return push(*arguments)
+
+        monkeypatch.setattr(store, "pull", lazy_pull)
+        monkeypatch.setattr(store, "push", checked_push)
+        run(net, "rowwise_adagrad", lag=2)
+        assert len(pulls) == STEPS and open_at_push == [0] * STEPS
