@@ -72,7 +72,8 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60.0) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
     """A folder with train/, eval/ and small.yaml, which joins the tests' cluster."""
     path = tmp_path_factory.mktemp("runs")
-    for name, rows, seed in (("train", 4000, 0), ("eval", 1000, 1)):
+    # Two files to train on: a row group is the least that a worker can have to itself.
+    for name, rows, seed in (("train/a", 2000, 0), ("train/b", 2000, 1), ("eval", 1000, 2)):
         generate(str(path / name), rows=rows, seed=seed, cardinalities=(300, 40, 7), dense=2)
     data = SMALL["data"] | {"path": str(path / "train"), "eval_path": str(path / "eval")}
     cluster = SMALL["cluster"] | {"address": ray_address}
