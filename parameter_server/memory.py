@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import platform
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,7 +14,9 @@ from .optimizers import initial_state, state_columns
 from .tables import Slab, TableError, TableSpec
 
 HUGE_PAGE = 2 << 20
-_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+# Not every supported Python names MAP_NORESERVE. Without it Linux refuses to map more than there is memory; macOS never does.
+_LINUX_NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", _LINUX_NORESERVE)
 
 
 def reserve(size: int, purpose: str, *, huge_pages: bool = False) -> mmap.mmap:

@@ -97,7 +97,7 @@ class SlabCut:
         slab = memory.slab
         self.memory = memory
         capacity = owned_blocks * slab.rows_per_block
-        self._saved = np.zeros((slab.blocks * slab.rows_per_block + 7) // 8, np.uint8)
+        self._saved = np.frombuffer(reserve(slab.blocks * slab.rows_per_block // 8 + 1, "copy on write"), np.uint8)
         self._head = np.full(slab.blocks, -1, np.int64)
         self._pool = np.array([-1, 0], np.int64)
         self._chain = np.frombuffer(reserve(16 * capacity, "copy on write"), np.int64, 2 * capacity).reshape(-1, 2)

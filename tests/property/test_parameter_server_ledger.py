@@ -52,8 +52,8 @@ def test_a_block_takes_its_ledger_along(before: list, after: list) -> None:
     moved.mark(99, 7, np.arange(BLOCKS))  # what an import replaces
     for block in range(BLOCKS):
         moved.import_block(block, original.export_block(block))
+    assert (moved.check(99, 7, np.arange(BLOCKS)) == NEW).all()
     copied = original.copy()
-    replay(original, reference.SetLedger(WINDOW), [])
     probe = reference.SetLedger(WINDOW)
     probe.seen = {key: set(seen) for key, seen in model.seen.items()}
     replay(copied, probe, after)

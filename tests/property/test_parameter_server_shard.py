@@ -1,6 +1,7 @@
 """Shards against dense tables: exactly once under lost, repeated and reordered pushes; `sync`; cuts under fire."""
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,23 @@ def test_a_cut_is_the_state_at_the_mark(seed: int, kind: str, data: st.DataObjec
     push()
     with shard.mark() as again:
         np.testing.assert_array_equal(again.take(3)["a/weight"], shard.export_block(3)["a/weight"])
+
+
+def test_a_cut_holds_while_another_thread_pushes() -> None:
+    generator = np.random.default_rng(4)
+    tables = specs("adagrad")
+    cluster = Cluster(1, tables)
+    (shard,) = cluster.shards
+    pushes = [cluster.requests(1, n, make_update(generator, tables), 0.1)[0] for n in range(1, 400)]
+    shard.push(pushes[0], None, 0.0)
+    expected = {block: shard.export_block(block) for block in range(BLOCKS)}
+    with shard.mark() as cut:
+        pusher = threading.Thread(target=lambda: [shard.push(push, None, 0.0) for push in pushes[1:]])
+        pusher.start()
+        taken = {block: cut.take(block) for block in range(BLOCKS)}
+        pusher.join()
+    for block, tensors in expected.items():
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(taken[block][name], tensor, err_msg=f"{name} of block {block}")
+    changed = [b for b in expected if not np.array_equal(shard.export_block(b)["a/weight"], expected[b]["a/weight"])]
+    assert changed

@@ -193,6 +193,8 @@ def test_a_block_moves_with_its_rows_and_its_ledger() -> None:
     )
     for block, tensors in exported.items():
         assert target.load_block(block, tensors) == []
+        weights = target._memory[0].block(block)[0]
+        assert np.isnan(weights[len(tensors["a/weight"]) :]).all(), "what is no row must not pass for one"
     rows = np.empty((60, 4), np.float32)
     for shard, here in ((source, owners[part.blocks] == 0), (target, owners[part.blocks] == 1)):
         reply = shard.pull(PullRequest([part]), "p", 0.0)[0].reply
@@ -255,6 +257,9 @@ def test_generations_fence() -> None:
     shard.push(push_of(shard, 1, Clock(2, 1)), "p", 0.0)
     assert shard.begin(2, 1, 0) == []
     assert shard.clocks.step == 1, "beginning the running generation again changes nothing"
+    assert shard.statistics()["clients"] == 1
+    shard.begin(3, 1, 0)
+    assert shard.statistics()["clients"] == 0, "a client of an older generation can never come back"
 
 
 def test_a_pull_waits_for_every_rank_and_its_staleness() -> None:

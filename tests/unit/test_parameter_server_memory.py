@@ -1,0 +1,66 @@
+"""Address space for every row, memory for those that are owned; and where compiled kernels are kept."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from embershard.parameter_server import jit
+from embershard.parameter_server.memory import SlabMemory, reserve
+from embershard.parameter_server.tables import Layout, TableError, TableSpec
+
+
+def test_a_slab_far_larger_than_memory_costs_only_what_is_touched() -> None:
+    (slab,) = Layout(65536, 0).add([TableSpec(name="t", rows=2**36, width=8)])
+    before = psutil.Process().memory_info().rss
+    memory = SlabMemory(slab)  # 2 TiB of weights
+    weights, state = memory.block(40_000)
+    weights[::2048], state[0] = 1.0, 2.0
+    assert (weights[2048, 0], memory.weights[40_000 * slab.rows_per_block, 0]) == (1.0, 1.0)
+    assert psutil.Process().memory_info().rss - before < 2 * weights.nbytes + (64 << 20)
+
+
+def test_a_dropped_block_gives_its_pages_back() -> None:
+    (slab,) = Layout(16, 0).add([TableSpec(name="t", rows=16 * 4096, width=4)])
+    memory = SlabMemory(slab)
+    memory.weights[:], memory.state[:] = 1.0, 2.0
+    memory.drop(3)
+    weights, state = memory.block(3)
+    assert not weights.any()
+    assert not state.any()
+    memory.weights[3 * 4096 : 4 * 4096], memory.state[3 * 4096 : 4 * 4096] = 1.0, 2.0
+    assert (memory.weights == 1.0).all(), "only that block was dropped"
+    assert (memory.state == 2.0).all()
+
+
+def test_too_much_address_space_is_refused_by_name() -> None:
+    with pytest.raises(TableError, match="weights of the slab of table 't': cannot reserve"):
+        reserve(2**62, "weights of the slab of table 't'")
+
+
+def test_kernels_are_kept_in_a_folder_of_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = jit._temporary_folder()
+    assert folder == str(tmp_path / f"embershard-numba-{os.getuid()}")
+    assert Path(folder).stat().st_mode & 0o777 == 0o700
+    Path(folder).chmod(0o777)
+    assert jit._temporary_folder() is None, "others could plant code in it"
+    Path(folder).rmdir()
+    Path(folder).symlink_to(tmp_path)
+    assert jit._temporary_folder() is None
+
+
+def test_without_any_folder_kernels_are_compiled_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(jit, "_finds_a_folder", lambda: False)
+    with pytest.warns(UserWarning, match="set NUMBA_CACHE_DIR"):
+        assert jit._prepare_cache() is False
+    monkeypatch.setattr(jit, "CACHED", False)
+
+    @jit.jit
+    def double(x: int) -> int:
+        return 2 * x
+
+    assert double(np.int64(21)) == 42
