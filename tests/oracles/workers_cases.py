@@ -64,5 +64,5 @@ def tables(embeddings: EmbeddingBagCollection) -> list[np.ndarray]:
         {f.name: (np.arange(n), np.array([0, n])) for f, n in zip(embeddings.features, sizes, strict=True)}
     )
     ticket = embeddings.prefetch(ids)
-    rows = ticket.rows()[0].detach().numpy()[ticket.inverse[0]]
+    rows = ticket.rows()[0].detach().cpu().numpy()[ticket.inverse[0]]
     return np.split(rows, np.cumsum(sizes)[:-1])

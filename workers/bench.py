@@ -1,0 +1,291 @@
+"""Training steps per second beside what a user would run instead: `python -m embershard.workers.bench CONTENDER JSON`.
+
+All contenders share one dense module, loss, dense optimizer, dtype, number of threads and list of batches (from a
+file); only the embedding differs. Each runs in a process of its own; `embershard bench train` alternates them.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..datasets.schema import Batch, CategoricalColumn, DenseColumn, Ids, Schema
+from ..parameter_server import kernels
+from ..parameter_server.requests import Clock
+from ..parameter_server.rpc_bench import process_cpu, shard_processes
+from ..parameter_server.store import Store
+from ..parameter_server.tables import Optimizer
+from .embeddings.base import Feature
+from .learner import Learner
+from .models.dlrm import DLRM, ModelConfig
+from .network import Network, NetworkSpec
+from .optimizers import DenseConfig, OptimizerConfig, SparseConfig
+from .pipeline import Pipeline
+
+KAGGLE = [
+    1460,
+    583,
+    10131227,
+    2202608,
+    305,
+    24,
+    12517,
+    633,
+    3,
+    93145,
+    5683,
+    8351593,
+    3194,
+    27,
+    14992,
+    5461306,
+    10,
+    5652,
+]
+KAGGLE += [2173, 4, 7046547, 18, 15, 286181, 105, 142572]
+DENSE, WARM, LEARNING_RATE, EPS = 13, 5, 0.01, 1e-8
+
+
+def write_batches(path: Path, *, batch: int, steps: int, row_cap: int) -> None:
+    """The list of batches that every contender reads: Zipf(1.2) ids over Criteo Kaggle's cardinalities, capped."""
+    rng = np.random.default_rng(0)
+    rows = [min(n, row_cap) for n in KAGGLE]
+    shape = (steps + WARM, len(rows), batch)
+    ids = np.empty(shape, np.int64)
+    for feature, n in enumerate(rows):
+        ids[:, feature] = rng.zipf(1.2, (shape[0], batch)) * 2654435761 % n
+    dense = rng.standard_normal((shape[0], batch, DENSE), dtype=np.float32)
+    labels = (rng.random((shape[0], batch)) < 0.25).astype(np.float32)
+    np.savez(path, ids=ids, dense=dense, labels=labels, rows=np.array(rows))
+
+
+class _Task:
+    """The batches and the dense part, the same for everybody."""
+
+    def __init__(self, path: str, dim: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        with np.load(path) as file:
+            self.ids, self.dense, self.labels = file["ids"], file["dense"], file["labels"]
+            self.rows: list[int] = file["rows"].tolist()
+        self.dim = dim
+        self.batch = self.labels.shape[1]
+        self.steps = len(self.ids) - WARM
+        self.model_config = ModelConfig()
+
+    def model(self) -> DLRM:
+        config = self.model_config
+        return DLRM(DENSE, len(self.rows), self.dim, bottom=config.bottom, top=config.top)
+
+    def time(self, step: Callable[[int], Any]) -> dict[str, float]:
+        """samples/s of `step(number)` over all batches but the first few."""
+        for number in range(WARM):
+            step(number)
+        cpu = _own_cpu()
+        start = time.perf_counter()
+        for number in range(WARM, WARM + self.steps):
+            step(number)
+        seconds = time.perf_counter() - start
+        return {
+            "samples_per_second": self.steps * self.batch / seconds,
+            "ms_per_step": seconds / self.steps * 1e3,
+            "worker_cpu_ms_per_step": (_own_cpu() - cpu) / self.steps * 1e3,
+        }
+
+    def plain(self, embed: Callable[[torch.Tensor], torch.Tensor], *sparse: torch.optim.Optimizer) -> dict[str, float]:
+        """A plain torch loop: `embed` turns ids [F, B] into vectors [B, F, d]."""
+        model = self.model()
+        optimizers = [*sparse, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)]
+        tensors = [torch.from_numpy(array) for array in (self.ids, self.dense, self.labels)]
+
+        def step(number: int) -> None:
+            ids, dense, labels = (tensor[number] for tensor in tensors)
+            logits = model(dense, embed(ids))
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in optimizers:
+                optimizer.step()
+
+        return self.time(step)
+
+
+def dense_only(path: str, dim: int, threads: int) -> dict[str, float]:
+    """The dense part alone: what a free embedding would give."""
+    task = _Task(path, dim, threads)
+    vectors = torch.randn(task.batch, len(task.rows), dim, requires_grad=True)
+    return task.plain(lambda ids: vectors)
+
+
+def torch_adagrad(path: str, dim: int, threads: int) -> dict[str, float]:
+    """nn.EmbeddingBag(sparse=True) with torch.optim.Adagrad."""
+    task = _Task(path, dim, threads)
+    bags = nn.ModuleList(nn.EmbeddingBag(n, dim, mode="sum", sparse=True) for n in task.rows)
+    sparse = torch.optim.Adagrad(bags.parameters(), lr=LEARNING_RATE)
+    return task.plain(
+        lambda ids: torch.stack([bag(own.unsqueeze(1)) for bag, own in zip(bags, ids, strict=True)], 1), sparse
+    )
+
+
+def fbgemm(path: str, dim: int, threads: int) -> dict[str, float]:
+    """FBGEMM's table-batched embeddings with row-wise Adagrad in the backward pass."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    task = _Task(path, dim, threads)
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
+        [(n, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for n in task.rows],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=LEARNING_RATE,
+        eps=EPS,
+        pooling_mode=PoolingMode.SUM,
+    )
+    tables.init_embedding_weights_uniform(-0.05, 0.05)
+    offsets = torch.arange(len(task.rows) * task.batch + 1)
+    return task.plain(lambda ids: tables(ids.reshape(-1), offsets).view(task.batch, len(task.rows), dim))
+
+
+def ours(path: str, dim: int, threads: int, shards: int, consistency: str) -> dict[str, float]:
+    """Our own training step over shards in processes of their own; `shards` 0: tables in this process."""
+    kernels.warm_up()
+    begin = time.perf_counter()
+    task = _Task(path, dim, threads)
+    with ExitStack() as stack:
+        pids: list[int] = []
+        if shards:
+            addresses, pids = stack.enter_context(shard_processes(shards))
+            store: Store = stack.enter_context(Store.connect(addresses))
+        else:
+            store = stack.enter_context(Store.open())
+        return _train(task, store, consistency, pids, begin)
+
+
+def _train(task: _Task, store: Store, consistency: str, pids: list[int], begin: float) -> dict[str, float]:
+    network = Network(_spec(task), store, torch.device("cpu"))
+    sparse = SparseConfig(kind="rowwise_adagrad", learning_rate=LEARNING_RATE, eps=EPS)
+    config = OptimizerConfig(sparse=sparse, dense=DenseConfig(kind="sgd", learning_rate=LEARNING_RATE))
+    learner = Learner(network, config, total_steps=task.steps + WARM)
+    store.begin(1, 1, 0)
+    lag = 1 if consistency == "bounded" else 0
+
+    def clock(step: int) -> Clock:
+        return Clock(1, step, staleness=lag, sync=consistency == "sync")
+
+    pipeline = Pipeline(_batches(task), network.embeddings, clock, depth=lag)
+    before: dict[str, Any] = {}
+
+    def step(number: int) -> None:
+        if number == WARM:
+            seconds.clear()
+            before.update(
+                wire=store.counters.wire_bytes, cpu=[process_cpu(pid) for pid in pids], wait=pipeline.wait_seconds
+            )
+        if number == 1:
+            before["startup"] = time.perf_counter() - begin
+        batch, ticket = pipeline.next(task.steps + WARM)
+        learner.step(batch, ticket, clock(number + 1), pipeline.settle)
+        if number == WARM + task.steps - 1:
+            network.embeddings.drain()  # the last push belongs to the timed part
+
+    with _timers(network, learner) as seconds:
+        readings = task.time(step)
+    samples = task.steps * task.batch
+    readings |= {f"{part}_ms_per_step": total / task.steps * 1e3 for part, total in sorted(seconds.items())}
+    readings["pull_wait_ms_per_step"] = (pipeline.wait_seconds - before["wait"]) / task.steps * 1e3
+    shard_cpu = sum(process_cpu(pid) - cpu for pid, cpu in zip(pids, before["cpu"], strict=True))
+    readings["shard_cpu_ms_per_step"] = shard_cpu / task.steps * 1e3
+    readings["wire_bytes_per_sample"] = (store.counters.wire_bytes - before["wire"]) / samples
+    readings["startup_seconds"] = before["startup"]
+    tables = sum(shard["table_bytes"] + shard["state_bytes"] for shard in store.statistics())
+    if pids:
+        readings["shard_resident_over_tables"] = sum(_resident(pid) for pid in pids) / tables
+    readings["worker_resident_gb"] = _resident("self") / 1e9
+    return readings
+
+
+def _batches(task: _Task) -> Iterator[Batch]:
+    names = tuple(f"c{i}" for i in range(1, len(task.rows) + 1))
+    for ids, dense, labels in zip(task.ids, task.dense, task.labels, strict=True):
+        yield Batch(labels, dense, Ids(names, ids.reshape(-1), None), len(labels))
+
+
+def _spec(task: _Task) -> NetworkSpec:
+    names = [f"c{i}" for i in range(1, len(task.rows) + 1)]
+    return NetworkSpec(
+        features=[Feature(name=n, cardinality=r, dim=task.dim) for n, r in zip(names, task.rows, strict=True)],
+        model=task.model_config,
+        data=Schema(
+            source="bench",
+            label="label",
+            dense=[DenseColumn(name=f"i{i}") for i in range(1, DENSE + 1)],
+            categorical=[CategoricalColumn(name=n, cardinality=r) for n, r in zip(names, task.rows, strict=True)],
+            rows=task.batch * task.steps,
+        ),
+        optimizer=Optimizer(kind="rowwise_adagrad", eps=EPS),
+        seed=0,
+    )
+
+
+@contextmanager
+def _timers(network: Network, learner: Learner) -> Iterator[dict[str, float]]:
+    """Seconds that the worker's own thread spends in each part."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def watch(owner: Any, method: str, part: str) -> None:
+        original = getattr(owner, method)
+
+        @wraps(original)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                seconds[part] += time.perf_counter() - start
+
+        setattr(owner, method, timed)
+
+    watch(network.embeddings, "prefetch", "ids_and_pull")
+    watch(network.embeddings, "step", "push")
+    watch(network.model, "forward", "dense_forward")
+    watch(network, "forward", "forward")
+    watch(learner.optimizer, "step", "dense_update")
+    yield seconds
+
+
+def _resident(pid: int | str) -> float:
+    """Bytes of memory of a process."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _own_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {
+    "dense": dense_only,
+    "torch_adagrad": torch_adagrad,
+    "fbgemm": fbgemm,
+    "ours": ours,
+}
+
+if __name__ == "__main__":
+    print(json.dumps(CONTENDERS[sys.argv[1]](**json.loads(sys.argv[2]))))
