@@ -10,6 +10,7 @@ import traceback
 
 import typer
 
+from .cli_bench import bench
 from .cli_data import convert, generate, inspect
 from .cli_train import evaluate, train
 from .doctor import doctor
@@ -33,6 +34,7 @@ app.command()(convert)
 app.command()(generate)
 app.command()(inspect)
 app.command()(doctor)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the store asks of a shard besides rows: tables, generations, checkpoints. The same calls in process and over gRPC."""
+"""What the store asks of a shard besides rows: tables, generations, checkpoints; in process and over gRPC alike."""
 
 from __future__ import annotations
 

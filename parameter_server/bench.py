@@ -1,4 +1,4 @@
-"""Kernels beside torch and FBGEMM, each contender in a process of its own: `python -m embershard.parameter_server.bench`.
+"""Kernels beside torch and FBGEMM: `python -m embershard.parameter_server.bench CONTENDER JSON`.
 
 Every function below measures one contender and returns {reading: value}; `embershard bench kernels` alternates them and
 takes paired ratios.
@@ -77,8 +77,10 @@ def ours(width: int) -> dict[str, float]:
         optimizer = Optimizer(kind=kind)
         weights, state = _filled(rows, width, optimizer)
 
-        def update(index: np.ndarray, of: tuple[Any, ...] = (optimizer, weights, state)) -> None:
-            apply(*of, index, grads, 1e-3)
+        def update(
+            index: np.ndarray, optimizer: Optimizer = optimizer, of: tuple[np.ndarray, np.ndarray] = (weights, state)
+        ) -> None:
+            apply(optimizer, *of, index, grads, 1e-3)
 
         readings[kind] = timed(cycle(update, indices))
     readings["random_read"] = timed(cycle(lambda index: _touch(weights, index), indices))
@@ -128,7 +130,7 @@ def _cycle_torch(action: Callable[[Any], Any], indices: list[Any]) -> Callable[[
 
 
 def fbgemm_kernels(width: int) -> dict[str, float]:
-    """FBGEMM's table-batched embeddings on one thread: forward with bags of one id, and backward with the fused update."""
+    """FBGEMM's table-batched embeddings on one thread: bags of one id, and the update fused into backward."""
     import torch
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode

@@ -38,7 +38,8 @@ class BlockMap:
 
     def owned_by(self, shard: int) -> np.ndarray:
         """bool [blocks]."""
-        return self.owners == shard
+        owned: np.ndarray = self.owners == shard
+        return owned
 
     def rank(self) -> np.ndarray:
         """uint16 [blocks]: each block's place when blocks are ordered by (owner, block)."""

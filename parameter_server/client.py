@@ -18,6 +18,7 @@ from . import tables as table_errors
 from .blocks import BlockMap
 from .checkpoint import CheckpointError
 from .protocol import shard_pb2 as pb
+from .protocol import shard_pb2_grpc
 from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
 from .protocol.messages import decode_reply, encode_request
 from .requests import INVALID, PullRequest, PushRequest, Refusal
@@ -102,9 +103,7 @@ class _Link:
         self.address = address
         self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
         self._exchange = self._channel.stream_stream(f"/{SERVICE}/Exchange")
-        self._control = self._channel.unary_unary(
-            f"/{SERVICE}/Control", pb.ControlRequest.SerializeToString, pb.ControlReply.FromString
-        )
+        self._control = shard_pb2_grpc.ShardStub(self._channel).Control
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._stream: _Stream | None = None

@@ -48,13 +48,16 @@ class LocalStore(ShardedStore):
 
     def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
         member = self.members[shard]
-        call = member.push if isinstance(request, PushRequest) else member.pull
+        deadline = time.monotonic() + timeout
 
         def answer(done: Completed) -> None:
             newer = member.block_map if member.block_map.epoch > request.epoch else None
             on_answer(done.reply, newer)
 
-        completed = call(request, answer, time.monotonic() + timeout)
+        if isinstance(request, PushRequest):
+            completed = member.push(request, answer, deadline)
+        else:
+            completed = member.pull(request, answer, deadline)
         self._deliver(completed)
         if not any(done.token is answer for done in completed):
             self._timer.later(timeout, lambda: self._deliver(member.expire(time.monotonic())))

@@ -14,7 +14,7 @@ from .optimizers import initial_state, state_columns
 from .tables import Slab, TableError, TableSpec
 
 HUGE_PAGE = 2 << 20
-# Not every supported Python names MAP_NORESERVE. Without it Linux refuses to map more than there is memory; macOS never does.
+# Not every supported Python names MAP_NORESERVE; without it Linux refuses to map more than there is memory.
 _LINUX_NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", _LINUX_NORESERVE)
 

@@ -67,8 +67,9 @@ class Operation(ABC):
                 self._fill(share if not moved else share.select(status != BlockStatus.MOVED), rows)
         return moved
 
+    @abstractmethod
     def _fill(self, share: Share, rows: np.ndarray) -> None:
-        """Only pulls are answered with rows."""
+        """Takes in the rows of a pull's answer."""
 
 
 class Pull(Operation):
@@ -122,3 +123,6 @@ class Push(Operation):
             self.clock,
             epoch,
         )
+
+    def _fill(self, share: Share, rows: np.ndarray) -> None:
+        raise TypeError("a push is never answered with rows")

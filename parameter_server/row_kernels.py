@@ -25,7 +25,7 @@ LINE = 64  # bytes per cache line
 LANES = 8
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prefetch(typing_context: Any, array: Any, offset: Any) -> Any:
     """Asks for the cache line at byte `offset` of an array's data. A hint: it never faults."""
 
@@ -152,7 +152,7 @@ def update_adagrad(
             weights[row, j] -= learning_rate * (g / (np.float32(math.sqrt(total)) + eps))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def sum_squares(typing_context: Any, array: Any, start: Any, count: Any, first: Any) -> Any:
     """first + the sum of x^2 over `count` (a multiple of 8) float32 from element `start` on, in eight lanes.
 

@@ -4,7 +4,7 @@
     real        a pull that gathers, a push that updates
     socket      the same bytes over a plain TCP connection, with and without the same kernel
 
-Every contender has its server in a process of its own. `python -m embershard.parameter_server.rpc_bench CONTENDER JSON`.
+Every contender has its server in a process of its own: `python -m embershard.parameter_server.rpc_bench NAME JSON`.
 """
 
 from __future__ import annotations
@@ -59,15 +59,35 @@ def _table(width: int) -> TableSpec:
     return TableSpec(name="t", rows=TABLE_BYTES // (4 * width), width=width, optimizer=OPTIMIZER)
 
 
-def _serve_shard(width: int, ready: bool, port: Connection) -> None:
+def _serve_shard(width: int, ready: bool, number: int, pipe: Connection) -> None:
     kernels.warm_up()
-    shard = (ReadyShard if ready else Shard)(0, Layout(BLOCKS))
+    shard = (ReadyShard if ready else Shard)(number, Layout(BLOCKS))
     if isinstance(shard, ReadyShard):
         shard.ready = np.ones((max(SIZES) // (4 * width), width), np.float32)
-    server = ShardServer(shard)
-    shard.set_block_map(BlockMap.initial(BLOCKS, (server.start(),)))
-    port.send(server.port)
-    port.recv()
+    pipe.send(ShardServer(shard).start())
+    shard.set_block_map(BlockMap.initial(BLOCKS, pipe.recv()))
+    pipe.recv()
+
+
+@contextmanager
+def shard_processes(shards: int, *, width: int = 0, ready: bool = False) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+    """(addresses, process ids) of a store's shards, each in a process of its own, for as long as the block runs."""
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe() for _ in range(shards)]
+    processes = [
+        context.Process(target=_serve_shard, args=(width, ready, i, pipes[i][1]), daemon=True) for i in range(shards)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        addresses = tuple(pipe.recv() for pipe, _ in pipes)
+        for pipe, _ in pipes:
+            pipe.send(addresses)
+        yield addresses, [int(process.pid or 0) for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
 def _serve_socket(width: int, ready: bool, port: Connection) -> None:
@@ -98,11 +118,11 @@ def _socket_loop(peer: socket.socket, weights: np.ndarray, state: np.ndarray, re
         else:
             if not ready:
                 kernels.gather(weights, index[:count], buffer[:count])
-            peer.sendall(memoryview(buffer[:count]).cast("B"))
+            peer.sendall(buffer[:count].data.cast("B"))
 
 
 def _receive(peer: socket.socket, into: np.ndarray) -> None:
-    view = memoryview(into).cast("B")
+    view = into.data.cast("B")
     while view:
         got = peer.recv_into(view)
         if not got:
@@ -111,10 +131,10 @@ def _receive(peer: socket.socket, into: np.ndarray) -> None:
 
 
 @contextmanager
-def _server(target: Callable[..., None], width: int, ready: bool) -> Iterator[tuple[int, int]]:
+def _socket_server(width: int, ready: bool) -> Iterator[tuple[int, int]]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(width, ready, theirs), daemon=True)
+    process = context.Process(target=_serve_socket, args=(width, ready, theirs), daemon=True)
     process.start()
     try:
         yield ours.recv(), int(process.pid or 0)
@@ -123,7 +143,8 @@ def _server(target: Callable[..., None], width: int, ready: bool) -> Iterator[tu
         process.join()
 
 
-def _server_cpu(pid: int) -> float:
+def process_cpu(pid: int) -> float:
+    """CPU seconds that a process has used, to a hundredth."""
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -142,7 +163,7 @@ def _measure(width: int, pid: int, exchange: Callable[[bool, int, int], None]) -
         for size in SIZES:
             count, repeat = size // (4 * width), max(5, min(200, (1 << 27) // size))
             exchange(push, count, 0)
-            own, other, seconds = _own_cpu(), _server_cpu(pid), []
+            own, other, seconds = _own_cpu(), process_cpu(pid), []
             for i in range(repeat):
                 start = time.perf_counter()
                 exchange(push, count, i)
@@ -153,7 +174,7 @@ def _measure(width: int, pid: int, exchange: Callable[[bool, int, int], None]) -
             readings[f"{label}_p50_ms"] = statistics.median(seconds) * 1e3
             readings[f"{label}_p99_ms"] = sorted(seconds)[int(len(seconds) * 0.99)] * 1e3
             readings[f"{label}_client_cpu_s_per_gb"] = (_own_cpu() - own) / gigabytes
-            readings[f"{label}_server_cpu_s_per_gb"] = (_server_cpu(pid) - other) / gigabytes
+            readings[f"{label}_server_cpu_s_per_gb"] = (process_cpu(pid) - other) / gigabytes
     return readings
 
 
@@ -164,7 +185,7 @@ def _indices(width: int, rows_of_table: int) -> list[np.ndarray]:
 
 def grpc_store(width: int, ready: bool) -> dict[str, float]:
     """Through the real client and server; `ready`: no kernel at either end."""
-    with _server(_serve_shard, width, ready) as (port, pid), StoreClient.connect(f"127.0.0.1:{port}") as store:
+    with shard_processes(1, width=width, ready=ready) as (addresses, (pid,)), StoreClient.connect(addresses) as store:
         store.create_tables([_table(width)])
         (slab,) = store.layout.slabs
         rank, zero = store.block_map.rank(), np.zeros(1, np.int32)
@@ -187,23 +208,22 @@ def grpc_store(width: int, ready: bool) -> dict[str, float]:
 
 def raw_socket(width: int, ready: bool) -> dict[str, float]:
     """The same bytes over one TCP connection; `ready`: no kernel."""
-    with _server(_serve_socket, width, ready) as (port, pid):
-        with socket.create_connection(("127.0.0.1", port)) as peer:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            indices = [np.ascontiguousarray(i, np.uint32) for i in _indices(width, TABLE_BYTES // (4 * width))]
-            buffer = np.full((max(SIZES) // (4 * width), width), 1e-3, np.float32)
-            answer = np.empty(8, np.uint8)
+    with _socket_server(width, ready) as (port, pid), socket.create_connection(("127.0.0.1", port)) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        indices = [np.ascontiguousarray(i, np.uint32) for i in _indices(width, TABLE_BYTES // (4 * width))]
+        buffer = np.full((max(SIZES) // (4 * width), width), 1e-3, np.float32)
+        answer = np.empty(8, np.uint8)
 
-            def exchange(push: bool, count: int, which: int) -> None:
-                peer.sendall(struct.pack("<QQ", push, count))
-                peer.sendall(memoryview(indices[which % 4][:count]).cast("B"))
-                if push:
-                    peer.sendall(memoryview(buffer[:count]).cast("B"))
-                    _receive(peer, answer)
-                else:
-                    _receive(peer, buffer[:count])
+        def exchange(push: bool, count: int, which: int) -> None:
+            peer.sendall(struct.pack("<QQ", push, count))
+            peer.sendall(indices[which % 4][:count].data.cast("B"))
+            if push:
+                peer.sendall(buffer[:count].data.cast("B"))
+                _receive(peer, answer)
+            else:
+                _receive(peer, buffer[:count])
 
-            return _measure(width, pid, exchange)
+        return _measure(width, pid, exchange)
 
 
 CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {"grpc": grpc_store, "socket": raw_socket}

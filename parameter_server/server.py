@@ -19,7 +19,6 @@ from grpc_reflection.v1alpha import reflection
 
 from .administration import Administration
 from .protocol import shard_pb2 as pb
-from .protocol import shard_pb2_grpc
 from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
 from .protocol.messages import decode_request, encode_reply
 from .requests import INVALID, Completed, PushRequest, Refusal, Reply

@@ -13,6 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ class ShardedStore(Store):
         for shard, shares in by_owner.items():
             # Told to go back to the shard that refused: nobody has told us of the new owner yet.
             delay = RETRY_SECONDS if shard == refused_by else 0.0
-            self._timer.later(delay, lambda shard=shard, shares=shares: self._recall(operation, shard, shares))
+            self._timer.later(delay, partial(self._recall, operation, shard, shares))
 
     def _recall(self, operation: Operation, shard: int, shares: list[Share]) -> None:
         if not operation.future.done():

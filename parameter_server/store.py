@@ -36,7 +36,9 @@ class StoreConfig(BaseModel):
     """The `store` section of a run."""
 
     model_config = ConfigDict(extra="forbid")
-    blocks: int = Field(DEFAULT_BLOCKS, ge=10, le=65536, description="blocks per table; fixed when the store is created")
+    blocks: int = Field(
+        DEFAULT_BLOCKS, ge=10, le=65536, description="blocks per table; fixed when the store is created"
+    )
     timeout: float = Field(60.0, gt=0, description="seconds a pull or push may take before it fails")
 
 
@@ -135,7 +137,7 @@ class Store(ABC):
 
     @abstractmethod
     def statistics(self) -> list[dict[str, Any]]:
-        """Per shard: shard, blocks, table_bytes, state_bytes, resident_bytes, pulls, pushes, duplicates, refused, ..."""
+        """Per shard: shard, blocks, table_bytes, state_bytes, pulls, pushes, duplicates, refused, ..."""
 
     @abstractmethod
     def close(self) -> None: ...

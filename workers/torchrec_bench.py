@@ -1,12 +1,13 @@
 """TorchRec over two CPU processes on the same batches: `python -m embershard.workers.torchrec_bench JSON`.
 
-Runs in an environment of its own (`embershard bench train --with-torchrec` builds it). Tables are sharded table-wise, the
-only way TorchRec's planner offers on CPU; the dense module, loss and dense optimizer are those of `bench.py`.
+Runs in an environment of its own (`embershard bench train --with-torchrec` builds it). Tables are sharded table-wise,
+the only way TorchRec's planner offers on CPU; the dense module, loss and dense optimizer are those of `bench.py`.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ RANKS, WARM, LEARNING_RATE = 2, 5, 0.01
 
 
 def _train(rank: int, path: str, dim: int, port: int, result: Any) -> None:
-    from torch.distributed.optim import _apply_optimizer_in_backward
+    from torch.distributed.optim import _apply_optimizer_in_backward  # type: ignore[attr-defined]
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
     from torchrec.distributed import DistributedModelParallel
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -103,9 +103,14 @@ def _train(rank: int, path: str, dim: int, port: int, result: Any) -> None:
 
 def torchrec(path: str, dim: int, port: int) -> dict[str, float]:
     """samples/s of two ranks together."""
-    with mp.Manager() as manager:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
         result = manager.dict()
-        mp.spawn(_train, (path, dim, port, result), nprocs=RANKS)
+        ranks = [context.Process(target=_train, args=(rank, path, dim, port, result)) for rank in range(RANKS)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
         return dict(result)
 
 

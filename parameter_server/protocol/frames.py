@@ -1,4 +1,4 @@
-"""Calls cut into frames and put together again: `Frame` of shard.proto, encoded by hand so that no payload is copied twice.
+"""Calls cut into frames and put together again: `Frame` of shard.proto, by hand so that no payload is copied twice.
 
 Every frame is a valid protobuf `Frame` whose payload field comes last, at an offset that is a multiple of 16 from the
 start of the Python bytes object's data, so that a received payload can be viewed as aligned arrays in place.
@@ -67,7 +67,7 @@ def encode(call: int, header: bytes, arrays: Iterable[np.ndarray]) -> Iterator[b
     Raises:
         FrameError: header or payload exceed the limits.
     """
-    views = [memoryview(a.reshape(-1).view(np.uint8)) for a in arrays if a.nbytes]
+    views = [a.reshape(-1).view(np.uint8).data for a in arrays if a.nbytes]
     total = sum(len(v) for v in views)
     if total > MAX_CALL_BYTES or len(header) > MAX_MESSAGE_BYTES // 2:
         raise FrameError(f"a call of {total} bytes exceeds the limit of {MAX_CALL_BYTES}: use smaller batches")

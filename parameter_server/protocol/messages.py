@@ -1,4 +1,4 @@
-"""Pulls and pushes (`requests.py`) as headers and payloads of shard.proto, and back. Every stated size is checked here."""
+"""Pulls and pushes (`requests.py`) as headers and payloads of shard.proto, and back; every stated size is checked."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def decode_request(header: bytes, payload: np.ndarray, widths: list[int]) -> tup
         counts = np.frombuffer(part.counts, np.uint32)
         size = int(counts.sum(dtype=np.uint64)) * part.index_bytes
         if size > len(payload) - at:
-            raise FrameError(f"slab {part.slab}: an index of {size} bytes, {len(payload) - at} bytes left in the payload")
+            raise FrameError(
+                f"slab {part.slab}: an index of {size} bytes, {len(payload) - at} bytes left in the payload"
+            )
         index = payload[at : at + size].view(np.uint32 if part.index_bytes == 4 else np.uint64)
         parts.append(RowSet(part.slab, _aligned(index), np.frombuffer(part.blocks, np.uint16), counts))
         at += size

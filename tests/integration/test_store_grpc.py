@@ -112,7 +112,7 @@ def test_a_call_of_many_frames(cluster):
         store.create_tables([wide])
         slab = store.layout.slabs[store.layout.ref("wide").slab]
         rows = rng.permutation(20_000)
-        part, inverse = locate(slab, np.zeros(1, np.int32), np.array([0, len(rows)]), rows, store.block_map.rank())
+        part, _ = locate(slab, np.zeros(1, np.int32), np.array([0, len(rows)]), rows, store.block_map.rank())
         before = store.pull([part]).result()[0].copy()
         grads = rng.integers(-3, 4, before.shape).astype(np.float32)
         store.push([part], [grads], [0.5]).result()

@@ -1,0 +1,194 @@
+"""Runs contenders in turn, each in a process of its own, and compares them round by round."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import RunFailed
+
+CONTENDER_SECONDS = 600
+TORCHREC = ["torchrec==1.8.0", "torchmetrics==1.0.3", "tensordict", "iopath", "pyre-extensions", "tqdm"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One side of a comparison. prefix: what its readings are called; command: module and arguments for Python."""
+
+    prefix: str
+    command: tuple[str, ...]
+    python: str = sys.executable
+
+
+@dataclass
+class Comparison:
+    """Readings of all rounds by name, and the ratios wanted: name -> (reading above, reading below)."""
+
+    readings: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, prefix: str, readings: Mapping[str, float]) -> None:
+        for name, value in readings.items():
+            self.readings.setdefault(f"{prefix}.{name}", []).append(value)
+
+    def summary(self, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+        """Medians; a ratio is the median of the rounds' own ratios, with the smallest and largest beside it."""
+        ratios, spread = {}, {}
+        for name, (above, below) in wanted.items():
+            if above in self.readings and below in self.readings:
+                each = [a / b for a, b in zip(self.readings[above], self.readings[below], strict=True)]
+                ratios[name], spread[name] = statistics.median(each), [min(each), max(each)]
+        return {
+            "machine": machine(),
+            "readings": {name: statistics.median(values) for name, values in self.readings.items()},
+            "ratios": ratios,
+            "ratio_spread": spread,
+        }
+
+
+def machine() -> dict[str, Any]:
+    """What the readings were taken on."""
+    import torch
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0))
+    return {"cpu": model, "cores": cores, "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def run_rounds(contenders: Sequence[Contender], rounds: int, tell: Callable[[str], None]) -> Comparison:
+    """All contenders once per round, in turn, so that a machine that drifts drifts for all of them.
+
+    Raises:
+        RunFailed: a contender failed; names it and shows its last line.
+    """
+    comparison = Comparison()
+    for number in range(rounds):
+        for contender in contenders:
+            comparison.add(contender.prefix, _measure(contender))
+            tell(f"round {number + 1}/{rounds}: {contender.prefix}")
+    return comparison
+
+
+def _measure(contender: Contender) -> dict[str, float]:
+    done = subprocess.run(
+        [contender.python, "-m", *contender.command], capture_output=True, text=True, timeout=CONTENDER_SECONDS
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise RunFailed(f"bench: contender {contender.prefix} failed: {last}")
+    readings: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return readings
+
+
+def _contender(prefix: str, module: str, name: str, **arguments: Any) -> Contender:
+    return Contender(prefix, (f"embershard.{module}", name, json.dumps(arguments)))
+
+
+def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Kernels on one thread beside torch and FBGEMM, and as a share of the machine's random-read limit."""
+    module = "parameter_server.bench"
+    contenders = [_contender("ours", module, "ours_unique"), _contender("torch", module, "torch_unique")]
+    wanted = {"unique_over_torch": ("ours.unique", "torch.unique")}
+    for width in (1, 16, 64, 128):
+        names = ["ours", "torch", *(["fbgemm"] if peers and width % 4 == 0 else [])]
+        contenders += [_contender(f"{name}.d{width}", module, name, width=width) for name in names]
+        ours = f"ours.d{width}"
+        wanted[f"gather_d{width}_of_random_read"] = (f"{ours}.gather", f"{ours}.random_read")
+        for kernel in ("gather", "sgd", "rowwise_adagrad", "adagrad", "adam"):
+            for peer in names[1:]:
+                wanted[f"{kernel}_d{width}_over_{peer}"] = (f"{ours}.{kernel}", f"{peer}.d{width}.{kernel}")
+    return run_rounds(contenders, rounds, tell).summary(wanted)
+
+
+def bench_rpc(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The transport beside a raw socket, and real pulls and pushes beside the socket loop with the same kernels."""
+    contenders, wanted = [], {}
+    for width in (16, 64, 128):
+        for ready in (True, False):
+            kind = "transport" if ready else "real"
+            for name in ("grpc", "socket"):
+                contenders.append(
+                    _contender(f"{name}.{kind}.d{width}", "parameter_server.rpc_bench", name, width=width, ready=ready)
+                )
+            for direction in ("pull", "push"):
+                for size in ("64k", "1024k", "4096k", "16384k", "65536k"):
+                    reading = f"{kind}.d{width}.{direction}_{size}_gbps"
+                    wanted[f"{kind}_{direction}_{size}_d{width}_over_socket"] = (f"grpc.{reading}", f"socket.{reading}")
+    return run_rounds(contenders, rounds, tell).summary(wanted)
+
+
+def bench_train(
+    rounds: int, peers: bool, with_torchrec: bool, dim: int, batch: int, steps: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """DLRM on Criteo Kaggle's cardinalities, tables capped at a million rows, two torch threads for everybody."""
+    from ..workers.bench import write_batches
+
+    module = "workers.bench"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "batches.npz")
+        write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
+        common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2}
+        variants = {"ours_2_bounded": (2, "bounded"), "ours_2_sync": (2, "sync"), "ours_local": (0, "bounded")}
+        variants |= {"ours_1_bounded": (1, "bounded"), "ours_4_bounded": (4, "bounded")}
+        contenders = [
+            _contender(prefix, module, "ours", shards=shards, consistency=consistency, **common)
+            for prefix, (shards, consistency) in variants.items()
+        ]
+        contenders += [_contender(name, module, name, **common) for name in ("dense", "torch_adagrad")]
+        if peers:
+            contenders.append(_contender("fbgemm", module, "fbgemm", **common))
+        if with_torchrec:
+            arguments = json.dumps({"path": str(path), "dim": dim, "port": _free_port()})
+            command = ("embershard.workers.torchrec_bench", arguments)
+            contenders.append(Contender("torchrec", command, _torchrec_python(tell)))
+        comparison = run_rounds(contenders, rounds, tell)
+    rate = "samples_per_second"
+    wanted = {
+        f"{ours}_over_{peer}": (f"{ours}.{rate}", f"{peer}.{rate}")
+        for ours in variants
+        for peer in ("fbgemm", "torchrec", "torch_adagrad", "dense")
+    }
+    wanted |= {f"ours_over_{peer}": (f"ours_2_bounded.{rate}", f"{peer}.{rate}") for peer in ("fbgemm", "torchrec")}
+    wanted["ours_over_torch_adagrad"] = (f"ours_2_bounded.{rate}", f"torch_adagrad.{rate}")
+    return comparison.summary(wanted)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _torchrec_python(tell: Callable[[str], None]) -> str:
+    """An environment that sees this one's packages and adds TorchRec, whose wheel asks for FBGEMM's CUDA build."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "embershard", "torchrec-1.8.0")
+    python = cache / "bin" / "python"
+    ready = cache / "ready"
+    if ready.exists():
+        return str(python)
+    tell(f"building an environment for TorchRec in {cache}")
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(cache)], check=True, capture_output=True)
+        packages = next(cache.glob("lib/python*/site-packages"))
+        (packages / "beside.pth").write_text(f"{here}\n")
+        install = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, "--no-deps", TORCHREC[0]], check=True, capture_output=True, text=True)
+        subprocess.run([*install, *TORCHREC[1:]], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        last = (str(error.stderr).strip().splitlines() or ["no output"])[-1]
+        raise RunFailed(f"bench: the environment for TorchRec could not be built in {cache}: {last}") from None
+    ready.touch()
+    return str(python)

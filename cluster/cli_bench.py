@@ -1,0 +1,72 @@
+"""`embershard bench`: each part of the system beside what a user would otherwise run."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Annotated, Any
+
+import typer
+
+from .cli_options import Debug, Json, print_json
+
+bench = typer.Typer(
+    help="Measure beside what you would otherwise run; ratios are medians of paired rounds.", no_args_is_help=True
+)
+
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; every contender runs once in each.")]
+
+
+@bench.command(epilog="Example: embershard bench kernels --rounds 3 --json")
+def kernels(rounds: Rounds = 7, as_json: Json = False, debug: Debug = False) -> None:
+    """Gather, fused updates and unique on one thread, beside torch and FBGEMM."""
+    from .bench import bench_kernels
+
+    _show(bench_kernels(rounds, _has_fbgemm(), _tell), as_json)
+
+
+@bench.command(epilog="Example: embershard bench rpc --rounds 3")
+def rpc(rounds: Rounds = 7, as_json: Json = False, debug: Debug = False) -> None:
+    """Pull and push over gRPC, beside a raw socket with and without the same kernels."""
+    from .bench import bench_rpc
+
+    _show(bench_rpc(rounds, True, _tell), as_json)
+
+
+@bench.command(epilog="Example: embershard bench train --dim 128 --with-torchrec")
+def train(
+    rounds: Rounds = 7,
+    with_torchrec: Annotated[bool, typer.Option(help="Also TorchRec, in an environment built for it.")] = False,
+    dim: Annotated[int, typer.Option(min=1, help="Width of the embeddings.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 2048,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per round.")] = 30,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Training steps beside torch, FBGEMM and TorchRec on the same batches."""
+    from .bench import bench_train
+
+    _show(bench_train(rounds, _has_fbgemm(), with_torchrec, dim, batch, steps, _tell), as_json)
+
+
+def _has_fbgemm() -> bool:
+    found = importlib.util.find_spec("fbgemm_gpu") is not None
+    if not found:
+        _tell('FBGEMM is not installed and left out: pip install "embershard[bench]"')
+    return found
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value is not None)
+    typer.echo(f"machine: {machine}\n")
+    for name, value in result["readings"].items():
+        typer.echo(f"{name:60s} {value:14.4g}")
+    typer.echo("\nratio (median of paired rounds, smallest to largest)")
+    for name, value in result["ratios"].items():
+        low, high = result["ratio_spread"][name]
+        typer.echo(f"{name:60s} {value:8.2f}   {low:.2f} to {high:.2f}")
+    if as_json:
+        print_json(result)
