@@ -104,6 +104,11 @@ class SlabCut:
         self._weights = _float_rows(capacity, slab.width)
         self._state = _float_rows(capacity, slab.state_width)
 
+    @property
+    def entries(self) -> int:
+        """The most pre-images held at one time so far."""
+        return int(self._pool[1])
+
     def save(self, index: np.ndarray, pending: np.ndarray) -> None:
         """To be called before the rows `index` change. pending: bool [blocks]."""
         save_rows(

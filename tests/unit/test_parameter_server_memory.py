@@ -9,7 +9,9 @@ import psutil
 import pytest
 from embershard.parameter_server import jit
 from embershard.parameter_server.memory import SlabMemory, reserve
+from embershard.parameter_server.snapshot import SlabCut
 from embershard.parameter_server.tables import Layout, TableError, TableSpec
+from embershard.parameter_server.validation import readable
 
 
 def test_a_slab_far_larger_than_memory_costs_only_what_is_touched() -> None:
@@ -38,6 +40,20 @@ def test_a_dropped_block_gives_its_pages_back() -> None:
 def test_too_much_address_space_is_refused_by_name() -> None:
     with pytest.raises(TableError, match="weights of the slab of table 't': cannot reserve"):
         reserve(2**62, "weights of the slab of table 't'")
+
+
+def test_a_cut_keeps_each_row_once_and_reuses_what_was_written() -> None:
+    (slab,) = Layout(10, 0).add([TableSpec(name="t", rows=500, width=4)])
+    cut, pending = SlabCut(SlabMemory(slab), 10), np.ones(10, np.bool_)
+    block_of = [readable(np.arange(50 * block, 50 * block + 50, dtype=np.uint32)) for block in range(10)]
+    for _ in range(3):
+        cut.save(block_of[0], pending)
+    assert cut.entries == 50
+    cut.copy_block(0)
+    cut.save(block_of[1], pending)
+    assert cut.entries == 50, "the places of block 0 are free again"
+    cut.save(block_of[2], pending)
+    assert cut.entries == 100
 
 
 def test_kernels_are_kept_in_a_folder_of_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,10 +191,13 @@ def test_a_block_moves_with_its_rows_and_its_ledger() -> None:
     assert (target.pull(PullRequest([part]), "p", 0.0)[0].reply.statuses[0] == BlockStatus.MOVED).all(), (
         "nothing came yet"
     )
+    padding = 0
     for block, tensors in exported.items():
         assert target.load_block(block, tensors) == []
-        weights = target._memory[0].block(block)[0]
-        assert np.isnan(weights[len(tensors["a/weight"]) :]).all(), "what is no row must not pass for one"
+        weights = target._memory[1].block(block)[0]
+        padding += len(weights) - len(tensors["b/weight"])
+        assert np.isnan(weights[len(tensors["b/weight"]) :]).all(), "what is no row must not pass for one"
+    assert padding > 0
     rows = np.empty((60, 4), np.float32)
     for shard, here in ((source, owners[part.blocks] == 0), (target, owners[part.blocks] == 1)):
         reply = shard.pull(PullRequest([part]), "p", 0.0)[0].reply
@@ -205,6 +208,17 @@ def test_a_block_moves_with_its_rows_and_its_ledger() -> None:
         statuses = shard.push(request, "again", 0.0)[0].reply.statuses[0]
         expected = np.where(owners[request.parts[0].blocks] == other, BlockStatus.MOVED, BlockStatus.DUPLICATE)
         assert statuses.tolist() == expected.tolist()
+
+
+def test_memory_of_a_block_that_left_is_given_back() -> None:
+    shard = Shard(0, Layout(BLOCKS, 1))
+    shard.set_block_map(BlockMap.initial(BLOCKS, ("x",)))
+    shard.create_tables([TableSpec(name="large", rows=BLOCKS * 2048, width=4)])
+    owners = np.zeros(BLOCKS, np.uint16)
+    owners[7] = 1
+    shard.set_block_map(BlockMap(2, owners, ("x", "y")))
+    blocks = [shard._memory[0].block(block)[0] for block in range(BLOCKS)]
+    assert [block for block in range(BLOCKS) if not blocks[block].any()] == [7]
 
 
 def test_maps_and_blocks_that_do_not_fit_are_refused() -> None:
