@@ -136,9 +136,16 @@ def _print_record(record: Mapping[str, Any]) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict)
     }
     for name, value in record.items():
-        if name not in tables:
+        if name == "mapping":
+            print(*(f"{key}={_setting(chosen)}" for key, chosen in value.items()), sep="\n")
+        elif name not in tables:
             shown = readable_bytes(value) if name.endswith("bytes") and isinstance(value, int) else value
             print(f"{name:<22} {shown:,}" if isinstance(shown, int) else f"{name:<22} {shown}")
     for name, rows in tables.items():
         print(f"\n{name}")
-        print(*aligned(rows, list(rows[0])), sep="\n")
+        print(*aligned(rows, list(rows[0]), plain=name == "examples"), sep="\n")
+
+
+def _setting(value: Any) -> str:
+    """As it can be given on the command line."""
+    return "[" + ",".join(value) + "]" if isinstance(value, list) else str(value)

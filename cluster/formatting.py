@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def aligned(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
-    """A heading and one line per row; numbers to the right, with thousands separators."""
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+def aligned(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, plain: bool = False) -> list[str]:
+    """A heading and one line per row; numbers to the right, with thousands separators unless they are `plain` (ids)."""
+    cell = _plain if plain else _cell
+    cells = [[cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(name), *(len(row[i]) for row in cells)) if cells else len(name) for i, name in enumerate(columns)]
     numeric = [all(isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
     return [
@@ -35,3 +36,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _plain(value: Any) -> str:
+    return "-" if value is None else str(value)

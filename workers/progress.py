@@ -17,6 +17,8 @@ from .pipeline import Pipeline
 _OWN = "seconds"
 _SECONDS = ("pull_wait_seconds", "stall_seconds")
 _PER_STEP = ("rows_pulled", "rows_pushed", "wire_bytes")
+# Calls repeated after a lost connection, blocks found at another shard: degraded paths, shown and never silent.
+_DEGRADED = ("retries", "moved")
 
 
 class Meter:
@@ -51,7 +53,7 @@ class Meter:
         before = self._readings()
         yield
         after = self._readings()
-        for name in (_OWN, *_SECONDS, *_PER_STEP):
+        for name in (_OWN, *_SECONDS, *_PER_STEP, *_DEGRADED):
             gone = after[name] - before[name]
             self._begin[name] += gone
             self._window[name] += gone
@@ -86,16 +88,17 @@ class Meter:
             "steps": self._steps,
             "samples": self._samples,
             "loss": float(self._loss),
-            **{name: counters[name] for name in _PER_STEP},
+            **{name: counters[name] for name in (*_PER_STEP, *_DEGRADED)},
         }
 
 
 def _per_step(begin: dict[str, float], end: dict[str, float], group: Group) -> dict[str, float]:
-    names = ("loss", *_SECONDS, *_PER_STEP)
+    names = ("loss", *_SECONDS, *_PER_STEP, *_DEGRADED)
     sums = dict(zip(names, group.sums([end[name] - begin[name] for name in names]), strict=True))
     steps, samples = end["steps"] - begin["steps"], end["samples"] - begin["samples"]
     seconds = end["seconds"] - begin["seconds"]
     record = {"samples_per_second": samples / seconds if seconds > 0 else 0.0}
     record |= {name: sums[name] / group.workers for name in _SECONDS}
     record |= {name: sums[name] / max(steps, 1) for name in _PER_STEP}
+    record |= {name: sums[name] for name in _DEGRADED}
     return record | ({"loss": sums["loss"] / samples} if samples else {})
