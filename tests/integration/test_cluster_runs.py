@@ -24,7 +24,7 @@ SMALL = {
     "embedding": {"dim": 4},
     "train": {"log_every": 2, "threads": 1},
     "store": {"blocks": 32, "timeout": 30},
-    "cluster": {"driver_timeout": 3, "start_timeout": 120},
+    "cluster": {"driver_timeout": 60, "start_timeout": 120},
 }
 
 
@@ -146,7 +146,9 @@ def test_stopped_then_resumed_then_a_shard_dies(folder: Path) -> None:
 
 def test_a_killed_driver_leaves_nothing_behind(folder: Path) -> None:
     run = folder / "killed"
-    command = Command(folder, "train", "small.yaml", "run.dir=killed", "train.epochs=100000")
+    command = Command(
+        folder, "train", "small.yaml", "run.dir=killed", "train.epochs=100000", "cluster.driver_timeout=10"
+    )
     command.wait_until(lambda: read_metrics(run))
     assert sorted(actors_of(run)) == ["coordinator", "shard-0", "shard-1"]
     command.process.kill()

@@ -49,6 +49,7 @@ def test_commands_and_settings_that_are_mentioned_exist(page: Path) -> None:
 
     text = page.read_text()
     known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    known |= {str(group.name) for group in app.registered_groups}
     assert set(re.findall(r"^(?:\$ )?embershard (\w+)", text, re.MULTILINE)) <= known
     sections = RunConfig.model_fields
     for section, key in re.findall(r"\b(\w+)\.(\w+)=", text):

@@ -23,7 +23,7 @@ def test_saved_configuration_reads_back(tmp_path: Path) -> None:
     saved.write_text(config.to_yaml())
     again = RunConfig.load(saved)
     assert again.data.path == str(Path("x/train").resolve())
-    assert again.data.eval_path == "s3://b/eval"
+    assert again.data.eval_path == "s3://bucket/eval"
     assert again.run_dir == config.run_dir
     assert again.embedding.features["c1"].rows == 9
     assert again.to_yaml() == config.to_yaml()

@@ -14,7 +14,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 HEAD = """# Settings
 
 Every setting of a run, with its default. They stand in a YAML file (`section: {key: value}`), in the environment
-(`EMBERSHARD_SECTION__KEY`) or on the command line (`section.key=value`), each overriding the one before. An unknown key
+(`EMBERSHARD_SECTION__KEY`) or on the command line (`train.epochs=2`), each overriding the one before. An unknown key
 is an error that suggests the nearest one. Relative paths are taken from the current folder.
 """
 

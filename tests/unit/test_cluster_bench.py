@@ -1,0 +1,28 @@
+"""The harness of `embershard bench`: ratios are paired round by round, and a contender that fails is named."""
+
+import pytest
+from embershard.cluster.bench import Comparison, Contender, run_rounds
+from embershard.cluster.errors import RunFailed
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own_ratios():
+    comparison = Comparison()
+    for ours, theirs in ((10.0, 10.0), (40.0, 20.0), (30.0, 10.0)):  # the machine drifts, both see it
+        comparison.add("ours", {"rate": ours})
+        comparison.add("theirs", {"rate": theirs})
+    summary = comparison.summary({"ours_over_theirs": ("ours.rate", "theirs.rate")})
+    assert summary["readings"] == {"ours.rate": 30.0, "theirs.rate": 10.0}
+    assert summary["ratios"] == {"ours_over_theirs": 2.0}
+    assert summary["ratio_spread"] == {"ours_over_theirs": [1.0, 3.0]}
+
+
+def test_a_ratio_with_a_contender_left_out_is_left_out():
+    comparison = Comparison()
+    comparison.add("ours", {"rate": 1.0})
+    assert comparison.summary({"ours_over_theirs": ("ours.rate", "theirs.rate")})["ratios"] == {}
+
+
+def test_a_contender_that_fails_is_named():
+    contender = Contender("broken", ("embershard.parameter_server.bench", "nobody", "{}"))
+    with pytest.raises(RunFailed, match="contender broken failed: KeyError: 'nobody'"):
+        run_rounds([contender], 1, lambda line: None)
