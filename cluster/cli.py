@@ -5,7 +5,9 @@ Commands import what they need when they run: `embershard --help` loads neither 
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import traceback
 
 import typer
@@ -14,7 +16,7 @@ from .cli_bench import bench
 from .cli_data import convert, generate, inspect
 from .cli_train import evaluate, train
 from .doctor import doctor
-from .errors import exit_code, one_line
+from .errors import RUN_THREAD, exit_code, one_line
 
 # click's UsageError, which typer does not export and has moved between versions.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -42,10 +44,10 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        _exit(stop.exit_code)
     except UsageError as error:
         _usage(error)
-        sys.exit(2)
+        _exit(2)
     except BrokenPipeError:  # `embershard inspect ... | head`
         sys.stderr.close()
         sys.exit(1)
@@ -53,7 +55,19 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         _print_error("interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error))
-        sys.exit(exit_code(error))
+        _exit(exit_code(error))
+
+
+def _exit(code: int) -> None:
+    """Ends the process; everything that must be closed has been closed by now.
+
+    A failed run may leave its thread inside Ray's client, which crashes while the interpreter takes itself apart.
+    """
+    if any(thread.name == RUN_THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _usage(error: Exception) -> None:

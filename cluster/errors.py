@@ -7,6 +7,9 @@ from typing import Literal
 ExitCode = Literal[1, 2, 130]
 
 
+RUN_THREAD = "run"  # name of the thread that a run's Ray calls happen on
+
+
 class ConfigError(ValueError):
     """The user's configuration cannot be right: the message names the key, where it was given, and what would work."""
 

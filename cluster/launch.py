@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from .config import RunConfig
 from .coordinator import NAME, Coordinator, News, ShardPlan
-from .errors import RunFailed, RunInterrupted, is_user_error, one_line, root_cause
+from .errors import RUN_THREAD, RunFailed, RunInterrupted, is_user_error, one_line, root_cause
 from .interrupt import Interrupt, interrupts
 from .preparation import prepare
 from .progress import ProgressReporter
@@ -165,7 +165,7 @@ class _Session:
             finally:
                 done.set()
 
-        threading.Thread(target=run, name="run", daemon=True).start()
+        threading.Thread(target=run, name=RUN_THREAD, daemon=True).start()
         asked = False
         while not done.wait(POLL_SECONDS):
             self._take(self.members.poll())
