@@ -16,7 +16,7 @@ from .cli_bench import bench
 from .cli_data import convert, generate, inspect
 from .cli_train import evaluate, train
 from .doctor import doctor
-from .errors import RUN_THREAD, exit_code, one_line
+from .errors import INTERRUPTED, RUN_THREAD, exit_code, one_line
 
 # click's UsageError, which typer does not export and has moved between versions.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -42,7 +42,11 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     """Runs the command line and exits: 0 success, 1 the run failed, 2 the user's input is wrong, 130 interrupted."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns KeyboardInterrupt into a return value
+            _print_error("interrupted")
+        if code:
+            _exit(int(code))
     except typer.Exit as stop:
         _exit(stop.exit_code)
     except UsageError as error:
@@ -51,10 +55,10 @@ def main() -> None:
     except BrokenPipeError:  # `embershard inspect ... | head`
         sys.stderr.close()
         sys.exit(1)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        _print_error("interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error))
+        _print_error(one_line(error))
         _exit(exit_code(error))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 ExitCode = Literal[1, 2, 130]
+INTERRUPTED: Literal[130] = 130
 
 
 RUN_THREAD = "run"  # name of the thread that a run's Ray calls happen on
@@ -43,7 +44,7 @@ def is_user_error(error: BaseException) -> bool:
 def exit_code(error: BaseException) -> ExitCode:
     """2 the user's input is wrong, 130 interrupted, 1 everything else."""
     if isinstance(error, (RunInterrupted, KeyboardInterrupt)):
-        return 130
+        return INTERRUPTED
     return 2 if is_user_error(error) else 1
 
 

@@ -112,3 +112,14 @@ def test_doctor(run) -> None:  # type: ignore[no-untyped-def]
     assert isinstance(findings, list)
     assert {"torch", "ray", "cpus", "memory", "kernel cache", "loopback"} <= {finding["name"] for finding in findings}
     assert result.json["ok"] is (result.code == 0)
+
+
+def test_an_interrupt_is_130_and_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """typer turns KeyboardInterrupt into a value that it returns; it must not become exit code 0."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embershard.cluster.doctor.examine", interrupted)
+    result = run("doctor")
+    assert (result.code, result.error) == (130, "embershard: interrupted\n")
