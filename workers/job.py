@@ -25,7 +25,9 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     log_every: int = Field(default=50, ge=1, description="steps between records of progress")
     init_from: str | None = Field(default=None, description="checkpoint whose tables, by name, a new run begins with")
-    threads: int | None = Field(default=None, ge=1, description="torch threads of a worker; None: torch's choice")
+    threads: int | None = Field(
+        default=None, ge=1, description="torch threads of a worker; None: the machine's cores divided by its workers"
+    )
 
     @property
     def lag(self) -> int:
