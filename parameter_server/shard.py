@@ -148,7 +148,7 @@ class Shard(Contents):
             return min((call.deadline for call in (*self._pulls, *self._pending_pushes())), default=None)
 
     def statistics(self) -> dict[str, Any]:
-        """What the shard holds and has done. resident_bytes counts the whole pages of its blocks."""
+        """What the shard holds and has done."""
         with self.lock:
             held = int(self._held.sum())
             table_bytes = sum(memory.block_bytes[0] for memory in self._memory) * held
@@ -162,7 +162,6 @@ class Shard(Contents):
                 "tables": sum(len(memory.slab.tables) for memory in self._memory),
                 "table_bytes": table_bytes,
                 "state_bytes": state_bytes,
-                "resident_bytes": table_bytes + state_bytes,
                 "clients": len(self.ledger),
                 "waiting": len(self._pulls) + len(list(self._pending_pushes())),
                 **self._counts,
