@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import ray
 from ray import PlacementGroupID
@@ -22,7 +23,6 @@ from .preparation import prepare
 from .progress import ProgressReporter
 from .ray_session import ray_session
 from .run_folder import RunFolder, read_run
-from .worker_group import start_workers
 
 POLL_SECONDS = 0.5
 CONTROL_SECONDS = 30.0  # for one small call to the coordinator
@@ -120,7 +120,7 @@ class _Session:
         self.progress.note(f"{len(addresses)} shards up after {time.monotonic() - started:.0f} s; starting workers")
         self.folder.update(status="running", shards=list(addresses))
         summary: dict[str, Any] = self._in_background(
-            lambda: start_workers(self.config, self.folder, self.members.namespace, addresses), self._ask_to_stop
+            lambda: _worker_group().start_workers(self.config, self.folder, self.members.namespace, addresses), self._ask_to_stop
         )
         summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary
         if self.interrupt.asked and summary.get("stopped"):
@@ -144,10 +144,13 @@ class _Session:
         def give_up() -> None:
             raise RunInterrupted("stopped before the first step; nothing was trained")
 
-        start: tuple[str, ...] = self._in_background(
-            lambda: ray.get(self.members.coordinator.start.remote(plan)), give_up
-        )
-        return start
+        def start() -> tuple[str, ...]:
+            addresses = self.members.coordinator.start.remote(plan)
+            _worker_group()  # meanwhile
+            return cast("tuple[str, ...]", ray.get(addresses))
+
+        addresses: tuple[str, ...] = self._in_background(start, give_up)
+        return addresses
 
     def _in_background(self, work: Callable[[], Any], on_interrupt: Callable[[], None]) -> Any:
         """Runs `work` on a thread while this one polls the coordinator, writes its records and hears Ctrl-C.
@@ -201,6 +204,13 @@ class _Session:
         if isinstance(cause, (RunFailed, RunInterrupted)):
             raise cause from None
         raise RunFailed(one_line(cause), user_error=is_user_error(cause)) from error
+
+
+def _worker_group() -> ModuleType:
+    """Ray Train takes seconds to import, which is done while the shards start."""
+    from . import worker_group
+
+    return worker_group
 
 
 def _end_leftovers(previous: dict[str, Any], address: str) -> None:

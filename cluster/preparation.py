@@ -37,7 +37,7 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     methods = [build_method(feature, optimizer) for feature in plan_features(schema, config.embedding, config.seed)]
     for line in feature_lines(feature_table(methods)):
         progress.note(line)
-    progress.note("compiling kernels (cached for the next time)")
+    progress.note("loading kernels (the first time on a machine compiles them)")
     for room in (dataset_kernels, shard_kernels, worker_kernels):
         room.warm_up()
     return schema

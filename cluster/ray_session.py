@@ -52,7 +52,7 @@ def ray_session(address: str | None, namespace: str, start_timeout: float) -> It
             raise RunFailed(f"Ray did not start on this machine: {error}") from error
         raise RunFailed(
             f"cluster.address: no Ray cluster answers at {address!r}; start one with `ray start --head`, "
-            f"or leave cluster.address out to use this machine"
+            f"set RAY_AUTH_MODE=token if it asks for a token, or leave cluster.address out to use this machine"
         ) from error
     try:
         yield ray.get_runtime_context().gcs_address

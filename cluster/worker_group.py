@@ -17,6 +17,18 @@ from .errors import RunFailed
 from .run_folder import RunFolder
 from .worker_loop import run_worker
 
+# Callbacks that each cost a process of their own and seconds of every start: Ray Data is not used here, and what a
+# dead controller leaves behind the coordinator ends.
+_UNUSED_CALLBACKS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+
+
+class _WorkerTrainer(TorchTrainer):
+    """TorchTrainer without the helpers that a run has no use for; a Ray that names them otherwise starts them."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
+
 
 def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresses: tuple[str, ...]) -> dict[str, Any]:
     """Trains to the end and returns rank 0's summary. Not on the main thread: Ray Train would take SIGINT there.
@@ -27,7 +39,7 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresse
     """
     cluster = config.cluster
     per_worker = {"CPU": cluster.worker_cpus} | ({"GPU": 1.0} if _use_gpu(cluster) else {})
-    trainer = TorchTrainer(
+    trainer = _WorkerTrainer(
         run_worker,
         train_loop_config={
             "job": config.job(),

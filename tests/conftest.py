@@ -8,14 +8,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """Address of a one-node Ray cluster with 4 (logical) CPUs that tests and the commands they start share."""
+    """Address of a one-node Ray cluster with 8 (logical) CPUs that tests and the commands they start share."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=8,
         namespace="tests",
         include_dashboard=False,
         log_to_driver=False,
