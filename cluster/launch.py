@@ -119,8 +119,9 @@ class _Session:
         addresses = self._start_shards()
         self.progress.note(f"{len(addresses)} shards up after {time.monotonic() - started:.0f} s; starting workers")
         self.folder.update(status="running", shards=list(addresses))
+        namespace = self.members.namespace
         summary: dict[str, Any] = self._in_background(
-            lambda: _worker_group().start_workers(self.config, self.folder, self.members.namespace, addresses), self._ask_to_stop
+            lambda: _worker_group().start_workers(self.config, self.folder, namespace, addresses), self._ask_to_stop
         )
         summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary
         if self.interrupt.asked and summary.get("stopped"):

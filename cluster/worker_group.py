@@ -22,7 +22,7 @@ from .worker_loop import run_worker
 _UNUSED_CALLBACKS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
-class _WorkerTrainer(TorchTrainer):
+class _WorkerTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
     """TorchTrainer without the helpers that a run has no use for; a Ray that names them otherwise starts them."""
 
     def _create_default_callbacks(self) -> list[Any]:
