@@ -22,17 +22,51 @@ class EmbeddingError(ValueError):
     """Embeddings that cannot be as asked: the message names the feature, what was found and what would work."""
 
 
-class FeatureOptions(BaseModel):
-    """How a feature's vectors are composed."""
+class PartialOptions(BaseModel):
+    """All that can be said of one feature's embedding. None: not said here."""
 
     model_config = ConfigDict(extra="forbid")
-    method: str = Field(default="full", description="full | hash")
-    dim: int = Field(default=16, gt=0, le=4096, description="floats per vector")
+    method: str | None = Field(default=None, description="how vectors are composed")
+    dim: int | None = Field(default=None, gt=0, le=4096)
     ratio: float | None = Field(default=None, ge=1, description="times smaller than `full` would be here")
-    rows: int | None = Field(default=None, gt=0, description="rows of the hashed table, instead of a ratio")
+    rows: int | None = Field(default=None, gt=0, description="rows of the hashed or remainder table, not a ratio")
+    moduli: tuple[int, ...] | None = Field(default=None, description="qr: rows of every sub-table, not a ratio")
+    operation: Literal["mult", "add", "concat"] | None = Field(
+        default=None, description="qr, double_hash: how the vectors of an id become one; None: mult, add"
+    )
+    partitions: int | None = Field(default=None, ge=1, le=16, description="qr, double_hash: sub-tables; None: 2, 1")
+    scheme: Literal["quotient_remainder", "chinese_remainder"] | None = Field(
+        default=None, description="qr: which rows belong to an id; None: quotient_remainder"
+    )
+    threshold: int | None = Field(default=None, ge=0, description="a table of at most so many rows stays full")
+    bias: bool | None = Field(default=None, description="memcom: one added number per id beside its weight")
+    hashing: Literal["modulo", "seeded"] | None = Field(
+        default=None, description="memcom: how ids share rows; None: modulo, or seeded without a cardinality"
+    )
+    inner_dim: int | None = Field(default=None, gt=0, le=4096, description="mlet, narrow: width of the table")
+    token_rows: int | None = Field(default=None, gt=0, description="mem_rec: rows of the token table")
+    weight_rows: int | None = Field(default=None, gt=0, description="mem_rec: rows of the weight table")
+    hashes: int | None = Field(default=None, gt=0, le=16, description="mem_rec: token rows per id")
+    scope: Literal["sample", "field"] | None = Field(
+        default=None, description="mem_rec: one vector per sample or one per feature"
+    )
+    max_rows: int | None = Field(default=None, gt=0)
+    out_of_range: Literal["error", "modulo"] | None = None
+    pooling: Literal["sum", "mean"] | None = None
+
+
+class FeatureOptions(PartialOptions):
+    """How a feature's vectors are composed. What is None here is left to the method."""
+
+    method: str = Field(default="full", description="full | hash | qr | memcom | double_hash | mlet | narrow | mem_rec")
+    dim: int = Field(default=16, gt=0, le=4096, description="floats per vector")
     max_rows: int = Field(default=DEFAULT_MAX_ROWS, gt=0, description="most rows of `full` without a cardinality")
     out_of_range: Literal["error", "modulo"] = Field(default="error", description="ids beyond the declared cardinality")
     pooling: Literal["sum", "mean"] = Field(default="sum", description="how a bag's vectors become one")
+
+
+# Sizes and shapes belong to a method; each method declares which it takes.
+SIZE_OPTIONS = tuple(name for name, field in FeatureOptions.model_fields.items() if field.default is None)
 
 
 class Feature(FeatureOptions):

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from ...datasets.schema import Schema
 from ...parameter_server.tables import Optimizer
-from .base import EmbeddingError, Feature, FeatureOptions, Method
+from .base import SIZE_OPTIONS, EmbeddingError, Feature, FeatureOptions, Method, PartialOptions
 from .full import Full
 from .hash import Hash
 
@@ -24,20 +24,11 @@ class MethodType(Protocol):
 
 
 METHODS: dict[str, MethodType] = {"full": Full, "hash": Hash}
-SIZE_OPTIONS = ("ratio", "rows")
 
 
-class FeatureOverride(BaseModel):
+class FeatureOverride(PartialOptions):
     """`embedding.features.NAME`: what differs for one feature. cardinality: ids lie in [0, cardinality)."""
 
-    model_config = ConfigDict(extra="forbid")
-    method: str | None = None
-    dim: int | None = Field(default=None, gt=0, le=4096)
-    ratio: float | None = Field(default=None, ge=1)
-    rows: int | None = Field(default=None, gt=0)
-    max_rows: int | None = Field(default=None, gt=0)
-    out_of_range: Literal["error", "modulo"] | None = None
-    pooling: Literal["sum", "mean"] | None = None
     cardinality: int | None = Field(default=None, gt=0)
 
 
@@ -89,7 +80,7 @@ def _check_options(feature: Feature) -> None:
             others = [name for name, method in METHODS.items() if option in method.options]
             raise EmbeddingError(
                 f"feature {feature.name!r}: method {feature.method} takes no {option}; "
-                f"leave embedding.{option} out, or choose embedding.method={others[0]}"
+                f"leave embedding.{option} out, or choose embedding.method={' or '.join(others)}"
             )
 
 
