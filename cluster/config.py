@@ -16,7 +16,7 @@ from ..datasets.schema import DataConfig
 from ..parameter_server.store import StoreConfig
 from ..workers.embeddings.planning import EmbeddingConfig
 from ..workers.job import CheckpointConfig, TrainConfig, TrainingJob
-from ..workers.models.dlrm import ModelConfig
+from ..workers.models.build import ModelConfig
 from ..workers.optimizers import OptimizerConfig
 from .settings import resolve
 

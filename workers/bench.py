@@ -30,7 +30,8 @@ from ..parameter_server.store import Store
 from ..parameter_server.tables import Optimizer
 from .embeddings.base import Feature
 from .learner import Learner
-from .models.dlrm import DLRM, ModelConfig
+from .models.build import ModelConfig
+from .models.dlrm import DLRM
 from .network import Network, NetworkSpec
 from .optimizers import DenseConfig, OptimizerConfig, SparseConfig
 from .pipeline import Pipeline

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..datasets.schema import DataConfig
 from .embeddings.planning import EmbeddingConfig
-from .models.dlrm import ModelConfig
+from .models.build import ModelConfig
 from .optimizers import OptimizerConfig
 
 

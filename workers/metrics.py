@@ -1,4 +1,4 @@
-"""AUC, logloss and normalized entropy over any number of predictions in bounded memory."""
+"""AUC, logloss, normalized entropy and calibration in bounded memory; nDCG of ranked lists."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     return _auc_of_groups(positives, negatives)
 
 
+def ndcg_at_k(scores: np.ndarray, gains: np.ndarray, k: int) -> np.ndarray:
+    """nDCG@k of each list: scores [Q, N], gains [Q, N] (not negative) -> float64 [Q], NaN for lists without any gain.
+
+    Gains count linearly, divided by log2(1 + rank) (Jarvelin and Kekalainen 2002); items of equal score share their
+    places evenly, whatever order they stand in, as scikit-learn does.
+    """
+    queries, items = scores.shape
+    weight = np.where(np.arange(items) < k, 1 / np.log2(np.arange(items) + 2), 0)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ordered = np.take_along_axis(scores, order, 1)
+    found = np.take_along_axis(gains.astype(np.float64), order, 1)
+    new = np.ones((queries, items), np.bool_)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    starts = np.flatnonzero(new)
+    sizes = np.diff(np.append(starts, queries * items))
+    tied = np.add.reduceat(found.ravel(), starts) / sizes * np.add.reduceat(np.tile(weight, queries), starts)
+    reached = np.bincount(starts // items, tied, queries)
+    possible = -np.sort(-gains.astype(np.float64), axis=1) @ weight
+    ratio: np.ndarray = np.divide(reached, possible, out=np.full(queries, np.nan), where=possible > 0)
+    return ratio
+
+
 def _auc_of_groups(positives: np.ndarray, negatives: np.ndarray) -> float | None:
     """From the counts of each group of equal scores, in ascending order of the score."""
     total = float(positives.sum()) * float(negatives.sum())
@@ -45,7 +67,7 @@ class BinaryMetrics:
     """Collects logits and labels batch by batch; mergeable across workers.
 
     Exact up to `exact_samples`; beyond, the AUC is taken over 2^20 bins of nearly equal logits (16 MiB), which are ties
-    to it. logloss and normalized entropy are exact always.
+    to it. The other numbers are exact always.
     """
 
     exact_samples: int = EXACT_SAMPLES
@@ -54,6 +76,7 @@ class BinaryMetrics:
         self.samples = 0
         self.positives = 0
         self._loss = 0.0
+        self._predicted = 0.0
         self._kept = 0
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
         self._bins: np.ndarray | None = None
@@ -69,6 +92,7 @@ class BinaryMetrics:
         self.samples += len(logits)
         self.positives += int(np.count_nonzero(labels > 0.5))
         self._loss += logloss_sum(logits, labels)
+        self._predicted += float(np.sum(0.5 + 0.5 * np.tanh(0.5 * logits.astype(np.float64))))
         self._add(logits.astype(np.float32), labels > 0.5)
 
     def merge(self, others: Iterable[BinaryMetrics]) -> BinaryMetrics:
@@ -77,6 +101,7 @@ class BinaryMetrics:
             self.samples += other.samples
             self.positives += other.positives
             self._loss += other._loss
+            self._predicted += other._predicted
             if other._bins is not None:
                 self._fold()
                 assert self._bins is not None
@@ -86,12 +111,13 @@ class BinaryMetrics:
         return self
 
     def compute(self) -> dict[str, Any]:
-        """{auc, logloss, normalized_entropy, samples}; a number that the labels do not define is None.
+        """{auc, logloss, normalized_entropy, calibration, samples}; a number that the labels do not define is None.
 
-        normalized_entropy: logloss / entropy of the average label (He et al. 2014), below 1 if the model beats it.
+        normalized_entropy: logloss / entropy of the average label, below 1 if the model beats it; calibration: sum of
+        the predictions / positives (both He et al. 2014).
         """
         if not self.samples:
-            return {"auc": None, "logloss": None, "normalized_entropy": None, "samples": 0}
+            return {"auc": None, "logloss": None, "normalized_entropy": None, "calibration": None, "samples": 0}
         loss = self._loss / self.samples
         rate = self.positives / self.samples
         entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if 0 < rate < 1 else None
@@ -99,6 +125,7 @@ class BinaryMetrics:
             "auc": self._auc(),
             "logloss": loss,
             "normalized_entropy": None if entropy is None else loss / entropy,
+            "calibration": self._predicted / self.positives if self.positives else None,
             "samples": self.samples,
         }
 

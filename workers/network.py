@@ -18,7 +18,7 @@ from .embeddings.base import EmbeddingError, Feature, Method
 from .embeddings.collection import EmbeddingBagCollection
 from .embeddings.planning import EmbeddingConfig, plan_features
 from .embeddings.ticket import Ticket
-from .models.dlrm import DLRM, ModelConfig
+from .models.build import ModelConfig, build_model
 
 
 class NetworkSpec(BaseModel):
@@ -42,8 +42,8 @@ class NetworkSpec(BaseModel):
         other = next((f for f in features if f.dim != features[0].dim), None)
         if other is not None:
             raise EmbeddingError(
-                f"feature {other.name!r}: dim {other.dim} beside {features[0].dim}: model {model.name} multiplies "
-                f"vectors of different features, so all need one width; set embedding.dim for all"
+                f"feature {other.name!r}: dim {other.dim} beside {features[0].dim}: model {model.name} takes vectors "
+                f"of one width only; set embedding.dim for all"
             )
         return cls(features=features, model=model, data=schema, optimizer=optimizer, seed=seed)
 
@@ -55,12 +55,11 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         self.embeddings = EmbeddingBagCollection(spec.features, store=store, optimizer=spec.optimizer, device=device)
-        self.model = DLRM(
-            len(spec.data.dense),
-            len(spec.features),
-            spec.features[0].dim,
-            bottom=spec.model.bottom,
-            top=spec.model.top,
+        self.model = build_model(
+            spec.model,
+            dense=len(spec.data.dense),
+            features=len(spec.features),
+            dim=spec.features[0].dim,
             seed=spec.seed,
         ).to(device)
         for method in self.embeddings.methods:

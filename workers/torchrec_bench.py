@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from .models.dlrm import DLRM, ModelConfig
+from .models.build import ModelConfig
+from .models.dlrm import DLRM
 
 RANKS, WARM, LEARNING_RATE = 2, 5, 0.01
 

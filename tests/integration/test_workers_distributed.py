@@ -24,7 +24,7 @@ from embershard.parameter_server.tables import Layout
 from embershard.workers.embeddings.planning import EmbeddingConfig
 from embershard.workers.job import CheckpointConfig, TrainConfig, TrainingJob
 from embershard.workers.learner import Learner
-from embershard.workers.models.dlrm import ModelConfig
+from embershard.workers.models.build import ModelConfig
 from embershard.workers.network import dense_tensors
 from embershard.workers.optimizers import DenseConfig, OptimizerConfig, SparseConfig
 from embershard.workers.trainer import train

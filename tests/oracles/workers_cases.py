@@ -11,7 +11,7 @@ from embershard.parameter_server.store import Store
 from embershard.parameter_server.tables import Optimizer
 from embershard.workers.embeddings.collection import EmbeddingBagCollection
 from embershard.workers.embeddings.planning import EmbeddingConfig
-from embershard.workers.models.dlrm import ModelConfig
+from embershard.workers.models.build import ModelConfig
 from embershard.workers.network import Network, NetworkSpec
 
 CARDINALITIES = (3, 11, 40)

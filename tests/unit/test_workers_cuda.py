@@ -14,7 +14,7 @@ from embershard.parameter_server.store import Store
 from embershard.parameter_server.tables import Optimizer
 from embershard.workers.embeddings.planning import EmbeddingConfig
 from embershard.workers.learner import Learner
-from embershard.workers.models.dlrm import ModelConfig
+from embershard.workers.models.build import ModelConfig
 from embershard.workers.network import Network, NetworkSpec
 from embershard.workers.optimizers import DenseConfig, OptimizerConfig, SparseConfig
 from embershard.workers.pipeline import Pipeline

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from embershard.workers.metrics import BinaryMetrics
+from embershard.workers.metrics import BinaryMetrics, ndcg_at_k
 from embershard.workers.schedule import ScheduleConfig, factor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 
 def sample(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +38,7 @@ def test_agrees_with_scikit_learn(n: int, pieces: int, seed: int) -> None:
     rate = labels.mean(dtype=np.float64)
     entropy = log_loss(labels, np.full(n, rate))
     assert result["normalized_entropy"] == pytest.approx(result["logloss"] / entropy, rel=1e-9)
+    assert result["calibration"] == pytest.approx(probabilities.mean() / rate, rel=1e-9)
     assert result["samples"] == n
 
 
@@ -56,6 +57,7 @@ def test_bounded_memory_stays_within_a_hair_of_exact_and_merges() -> None:
     merged = BinaryMetrics().merge(halves).compute()
     assert merged["auc"] == pytest.approx(exact["auc"], abs=2e-5)
     assert merged["logloss"] == pytest.approx(exact["logloss"], rel=1e-12)
+    assert merged["calibration"] == pytest.approx(exact["calibration"], rel=1e-12)
     assert merged["samples"] == 50_000
 
 
@@ -64,12 +66,31 @@ def test_extreme_logits_and_one_class() -> None:
     assert metrics.compute()["auc"] == 0.875 and math.isfinite(metrics.compute()["logloss"])
     only = collect(np.array([1.0, 2.0], np.float32), np.ones(2, np.float32), 1).compute()
     assert only["auc"] is None and only["normalized_entropy"] is None and only["logloss"] > 0
-    assert BinaryMetrics().compute() == {"auc": None, "logloss": None, "normalized_entropy": None, "samples": 0}
+    nothing = {"auc": None, "logloss": None, "normalized_entropy": None, "calibration": None, "samples": 0}
+    assert BinaryMetrics().compute() == nothing
+    assert collect(np.array([1.0], np.float32), np.zeros(1, np.float32), 1).compute()["calibration"] is None
 
 
 def test_nan_is_an_error() -> None:
     with pytest.raises(ValueError, match="NaN"):
         BinaryMetrics().update(np.array([np.nan], np.float32), np.ones(1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 30), st.integers(1, 40), st.booleans(), st.integers(0, 1000))
+def test_ndcg_agrees_with_scikit_learn(queries: int, items: int, k: int, ties: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal((queries, items))
+    scores = np.round(scores) if ties else scores
+    gains = rng.integers(0, 4, (queries, items))
+    gains[:, 0] += 1
+    expected = [ndcg_score(gains[q : q + 1], scores[q : q + 1], k=k) for q in range(queries)]
+    np.testing.assert_allclose(ndcg_at_k(scores, gains, k), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_ndcg_of_a_list_without_gain_is_not_a_number() -> None:
+    found = ndcg_at_k(np.array([[2.0, 1.0], [2.0, 1.0]]), np.array([[0, 0], [0, 1]]), 1)
+    assert np.isnan(found[0]) and found[1] == 0
 
 
 @pytest.mark.parametrize(

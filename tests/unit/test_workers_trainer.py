@@ -16,7 +16,7 @@ from embershard.workers.embeddings.base import EmbeddingError
 from embershard.workers.embeddings.planning import EmbeddingConfig
 from embershard.workers.evaluate import evaluate
 from embershard.workers.job import CheckpointConfig, TrainConfig, TrainingJob
-from embershard.workers.models.dlrm import ModelConfig
+from embershard.workers.models.build import ModelConfig
 from embershard.workers.trainer import train
 
 ROWS, BATCH = 2000, 64

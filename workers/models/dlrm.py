@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .base import Model, mlp
-
-
-class ModelConfig(BaseModel):
-    """The `model` section of a run. Widths are those of the layers; what depends on the data is added by the model."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: Literal["dlrm"] = "dlrm"
-    bottom: list[int] = Field(
-        default=[512, 256, 64], description="hidden layers for the dense columns; one of width embedding.dim follows"
-    )
-    top: list[int] = Field(
-        default=[512, 256], description="hidden layers above the interaction; one of width 1 follows"
-    )
 
 
 class _LowerDots(torch.autograd.Function):
