@@ -26,6 +26,8 @@ def mix(word: int) -> int:
 
 
 def expected_row(row_map: RowMap, value: int) -> int:
+    if row_map.wrap:
+        value %= row_map.limit
     if row_map.kind == "index":
         return value // row_map.divisor % row_map.modulus
     return mix(mix(value % 2**64) ^ row_map.seed) * row_map.modulus >> 64
@@ -40,6 +42,10 @@ MAPS = [
     RowMap("hash", 1),
     RowMap("hash", 1000, seed=2**64 - 5),
     RowMap("hash", 2**41, seed=7),
+    RowMap("hash", 1000, limit=40_000_000, seed=7),
+    RowMap("hash", 1000, limit=500, seed=7, wrap=True),
+    RowMap("index", 25, divisor=20, limit=490, wrap=True),
+    RowMap("index", 490, limit=490, wrap=True),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -45,10 +45,15 @@ class PartialOptions(BaseModel):
     )
     inner_dim: int | None = Field(default=None, gt=0, le=4096, description="mlet, narrow: width of the table")
     token_rows: int | None = Field(default=None, gt=0, description="mem_rec: rows of the token table")
-    weight_rows: int | None = Field(default=None, gt=0, description="mem_rec: rows of the weight table")
-    hashes: int | None = Field(default=None, gt=0, le=16, description="mem_rec: token rows per id")
+    weight_rows: int | None = Field(
+        default=None, gt=0, description="mem_rec: rows of the weight table; None: as the token table"
+    )
+    hashes: int | None = Field(default=None, gt=0, le=16, description="mem_rec: token rows per id; None: 1")
+    weight_hashes: int | None = Field(
+        default=None, ge=0, le=16, description="mem_rec: weight rows per id; 0: no weights; None: 1"
+    )
     scope: Literal["sample", "field"] | None = Field(
-        default=None, description="mem_rec: one vector per sample or one per feature"
+        default=None, description="mem_rec: one vector per sample or one per feature; None: field"
     )
     max_rows: int | None = Field(default=None, gt=0)
     out_of_range: Literal["error", "modulo"] | None = None
@@ -95,9 +100,11 @@ class Feature(FeatureOptions):
 class RowMap:
     """ids to rows, declared rather than coded, so that one kernel maps all features of a batch at once.
 
-    index: (id div divisor) mod modulus, with floor division; with a `limit`, an id outside [0, limit) is an error.
+    index: (id div divisor) mod modulus, with floor division.
     hash: a 64-bit mix of (id, seed), scaled to [0, modulus) by the upper half of the product (bias below 2^-23 for any
-    modulus up to 2^41; Lemire 2019). Identity is index with modulus = limit = cardinality.
+    modulus up to 2^41; Lemire 2019).
+    With a `limit`, an id outside [0, limit) is an error, or with `wrap` taken modulo the limit first. Identity is index
+    with modulus = limit = cardinality.
     """
 
     kind: Literal["index", "hash"]
@@ -105,6 +112,12 @@ class RowMap:
     divisor: int = 1
     limit: int | None = None
     seed: int = 0
+    wrap: bool = False
+
+    @property
+    def bound(self) -> int:
+        """The limit as the kernel takes it: 0 none, below 0 to wrap at."""
+        return (-1 if self.wrap else 1) * (self.limit or 0)
 
     @property
     def code(self) -> int:
@@ -127,7 +140,7 @@ class Method(nn.Module, ABC):
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
-    output: ClassVar[Literal["feature", "sample"]] = "feature"
+    output: Literal["feature", "sample"] = "feature"
     # True where the vector *is* the row of the only lookup: such features share one gather.
     is_row: ClassVar[bool] = False
 
@@ -140,6 +153,22 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def compose(self, rows: Sequence[Tensor]) -> Tensor:
         """Vectors [N, d] of N ids from what each lookup read, [N, width of its table] each; before any pooling."""
+
+    def compose_sample(self, sums: Sequence[Tensor]) -> Tensor:
+        """Where `output` is "sample": vectors [B, m] from each table's rows, added over all lookups of a sample."""
+        raise NotImplementedError(f"method {self.feature.method} has one vector per feature")
+
+    def together(self) -> Hashable:
+        """Methods of equal values (not None) compose in one call of `compose_all`, whatever their features."""
+        return None
+
+    @classmethod
+    def compose_all(cls, methods: Sequence[Method], rows: Sequence[Tensor], segments: Sequence[int]) -> Tensor:
+        """`compose` for several features at once: the ids of methods[f] are segments[f] to segments[f + 1].
+
+        As it stands, for methods whose `compose` depends on nothing but their `together`.
+        """
+        return methods[0].compose(rows)
 
     @property
     def parameter_count(self) -> int:

@@ -6,13 +6,16 @@ from ...parameter_server.tables import Optimizer
 from .base import Feature, RowMap, RowMethod
 
 
+def full_row_map(feature: Feature) -> RowMap:
+    """One of `full_rows` per id: the id where the cardinality is known (beyond it as `out_of_range` says), or a hash."""
+    rows = feature.full_rows
+    if feature.cardinality is None:
+        return RowMap("hash", rows, seed=feature.key("full"))
+    return RowMap("index", rows, limit=rows, wrap=feature.out_of_range == "modulo")
+
+
 class Full(RowMethod):
-    """`full_rows` x d: row = id where the cardinality is known (beyond it an error, or id mod n), otherwise a hash."""
+    """`full_rows` x d: see `full_row_map`."""
 
     def __init__(self, feature: Feature, optimizer: Optimizer) -> None:
-        rows = feature.full_rows
-        if feature.cardinality is None:
-            row_map = RowMap("hash", rows, seed=feature.key("full"))
-        else:
-            row_map = RowMap("index", rows, limit=None if feature.out_of_range == "modulo" else rows)
-        super().__init__(feature, optimizer, "full", rows, row_map)
+        super().__init__(feature, optimizer, "full", feature.full_rows, full_row_map(feature))

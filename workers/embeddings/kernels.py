@@ -42,26 +42,33 @@ def map_ids(
     """Fills `rows` int64 [N] with the rows of all lookups of one slab, one lookup after another.
 
     Lookup l reads values[begins[l] : ends[l]] (int64 ids) and writes from segments[l] (int64 [L + 1]) on. kinds uint8,
-    the rest int64 except seeds uint64, all [L]; see `RowMap` for the arithmetic. Returns the first position of `rows`
-    whose id lies outside [0, limit) where a limit is set, otherwise -1.
+    the rest int64 except seeds uint64, all [L]; see `RowMap` for the arithmetic, `RowMap.bound` for the limits. Returns
+    the first position of `rows` whose id lies outside [0, limit) where a limit is set, otherwise -1.
     """
     for lookup in range(len(kinds)):
         out = segments[lookup]
         modulus = moduli[lookup]
+        limit = limits[lookup]
         if kinds[lookup] == HASH:
             seed = seeds[lookup]
             for i in range(begins[lookup], ends[lookup]):
+                value = values[i]
+                if limit > 0 and (value < 0 or value >= limit):
+                    return np.int64(out)
+                if limit < 0:
+                    value %= -limit
                 # Mixed, keyed and mixed again: two seeds give unrelated functions, not permuted copies of one.
-                word = mix64(mix64(_U64(values[i])) ^ seed)
+                word = mix64(mix64(_U64(value)) ^ seed)
                 rows[out] = np.int64(multiply_high(word, _U64(modulus)))
                 out += 1
             continue
-        limit = limits[lookup]
         divisor = divisors[lookup]
         for i in range(begins[lookup], ends[lookup]):
             value = values[i]
             if limit > 0 and (value < 0 or value >= limit):
                 return np.int64(out)
+            if limit < 0:
+                value %= -limit
             rows[out] = value if limit == modulus and divisor == 1 else (value // divisor) % modulus
             out += 1
     return np.int64(-1)
@@ -128,6 +135,39 @@ def spread_bags(grad: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, mean
                     out[target, j] += grad[b, f, j] / size
 
 
+@jit
+def sum_samples(rows: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
+    """out [B, w] <- for each sample the sum of rows [U, w] over all its lookups, first lookup first.
+
+    Lookup l of sample b reads inverse[offsets[l * B + b] : offsets[l * B + b + 1]]; offsets int64 [L * B + 1].
+    """
+    batch, width = out.shape
+    lookups = (len(offsets) - 1) // max(1, batch)
+    for b in range(batch):
+        for j in range(width):
+            out[b, j] = 0
+        for lookup in range(lookups):
+            cell = lookup * batch + b
+            for i in range(offsets[cell], offsets[cell + 1]):
+                source = inverse[i]
+                for j in range(width):
+                    out[b, j] += rows[source, j]
+
+
+@jit
+def spread_samples(grad: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
+    """The transpose of `sum_samples`: out [U, w] (zeros) += grad [B, w], in the order of the occurrences."""
+    batch, width = grad.shape
+    lookups = (len(offsets) - 1) // max(1, batch)
+    for b in range(batch):
+        for lookup in range(lookups):
+            cell = lookup * batch + b
+            for i in range(offsets[cell], offsets[cell + 1]):
+                target = inverse[i]
+                for j in range(width):
+                    out[target, j] += grad[b, j]
+
+
 def warm_up() -> None:
     """Compiles every kernel for the types that training uses, so that no timed step does."""
     one = np.ones(1, np.int64)
@@ -141,3 +181,5 @@ def warm_up() -> None:
     scatter_vectors(vectors, inverse, rows)
     pool_bags(rows, inverse, segments, False, vectors)
     spread_bags(vectors, inverse, segments, False, rows)
+    sum_samples(rows, inverse, segments, np.empty((1, 2), np.float32))
+    spread_samples(rows, inverse, segments, np.zeros((1, 2), np.float32))

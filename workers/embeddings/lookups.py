@@ -25,7 +25,7 @@ class SlabLookups:
         self._seeds = np.array([m.seed for m in maps], np.uint64)
         self._divisors = np.array([m.divisor for m in maps], np.int64)
         self._moduli = np.array([m.modulus for m in maps], np.int64)
-        self._limits = np.array([m.limit or 0 for m in maps], np.int64)
+        self._limits = np.array([m.bound for m in maps], np.int64)
 
     def map(self, ids: Ids, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(segments int64 [L + 1], rows int64 [N]); positions: where each of our features stands in `ids`.
