@@ -61,6 +61,7 @@ class Network(nn.Module):
             features=len(spec.features),
             dim=spec.features[0].dim,
             seed=spec.seed,
+            per_sample=self.embeddings.output == "sample",
         ).to(device)
         for method in self.embeddings.methods:
             if isinstance(method, Method) and method.output not in self.model.accepts:

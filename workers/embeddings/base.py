@@ -60,6 +60,20 @@ class PartialOptions(BaseModel):
     pooling: Literal["sum", "mean"] | None = None
 
 
+class UnreachableRatio(EmbeddingError):
+    """A ratio that a method cannot reach for a feature. reachable: the largest one that it can."""
+
+    def __init__(self, feature: Feature, smallest: int) -> None:
+        """smallest: the fewest numbers with which the method works."""
+        self.reachable = feature.full_rows * feature.dim / smallest
+        stated = math.floor(self.reachable * 1000) / 1000
+        super().__init__(
+            f"feature {feature.name!r}: method {feature.method} cannot be {feature.ratio:g} times smaller than "
+            f"{feature.full_rows} rows of dim {feature.dim}: set embedding.ratio to {stated:g} or less, raise "
+            f"embedding.dim, or keep it full with embedding.threshold={feature.full_rows}"
+        )
+
+
 class FeatureOptions(PartialOptions):
     """How a feature's vectors are composed. What is None here is left to the method."""
 
@@ -72,28 +86,6 @@ class FeatureOptions(PartialOptions):
 
 # Sizes and shapes belong to a method; each method declares which it takes.
 SIZE_OPTIONS = tuple(name for name, field in FeatureOptions.model_fields.items() if field.default is None)
-
-
-class Feature(FeatureOptions):
-    """One categorical input. cardinality: ids lie in [0, cardinality); distinct: an estimate of how many occur."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = Field(min_length=1)
-    cardinality: int | None = Field(default=None, gt=0)
-    distinct: int | None = Field(default=None, ge=0)
-    seed: int = 0
-
-    @property
-    def full_rows(self) -> int:
-        """Rows that `full` uses: the cardinality, or min(2 x distinct, max_rows) hashed ones."""
-        if self.cardinality is not None:
-            return self.cardinality
-        return self.max_rows if self.distinct is None else max(1, min(2 * self.distinct, self.max_rows))
-
-    def key(self, purpose: str = "") -> int:
-        """64 bits that depend on (seed, name, purpose) alone: what seeds this feature's hash functions."""
-        text = f"{self.seed}/{self.name}/{purpose}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -124,6 +116,43 @@ class RowMap:
         return kernels.HASH if self.kind == "hash" else kernels.INDEX
 
 
+class Feature(FeatureOptions):
+    """One categorical input. cardinality: ids lie in [0, cardinality); distinct: an estimate of how many occur."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(min_length=1)
+    cardinality: int | None = Field(default=None, gt=0)
+    distinct: int | None = Field(default=None, ge=0)
+    seed: int = 0
+
+    @property
+    def full_rows(self) -> int:
+        """Rows that `full` uses: the cardinality, or min(2 x distinct, max_rows) hashed ones."""
+        if self.cardinality is not None:
+            return self.cardinality
+        return self.max_rows if self.distinct is None else max(1, min(2 * self.distinct, self.max_rows))
+
+    def key(self, purpose: str = "") -> int:
+        """64 bits that depend on (seed, name, purpose) alone: what seeds this feature's hash functions."""
+        text = f"{self.seed}/{self.name}/{purpose}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+    @property
+    def budget(self) -> int:
+        """The most numbers that `ratio` leaves for this feature."""
+        # A ratio that was itself divided out of a count must give that count again.
+        return math.floor(self.full_rows * self.dim / (self.ratio or 1.0) * (1 + 1e-12))
+
+    def indexed(self, modulus: int, divisor: int = 1) -> RowMap:
+        """(id div divisor) mod modulus; ids beyond the cardinality as `out_of_range` says."""
+        return RowMap("index", modulus, divisor, self.cardinality, wrap=self.out_of_range == "modulo")
+
+    def hashed(self, modulus: int, purpose: str) -> RowMap:
+        """A hash of its own for each purpose; ids beyond a known cardinality as `out_of_range` says."""
+        wrap = self.cardinality is not None and self.out_of_range == "modulo"
+        return RowMap("hash", modulus, limit=self.cardinality, seed=self.key(purpose), wrap=wrap)
+
+
 @dataclass(frozen=True)
 class Lookup:
     """One read per id: `table` is an index into the method's tables."""
@@ -136,10 +165,12 @@ class Method(nn.Module, ABC):
     """How one feature's ids become vectors. Dense parameters are ordinary nn.Parameters of the subclass.
 
     A subclass hands its tables and lookups to `__init__` and composes. `options` are the size options it takes;
-    `output`: one vector per feature [B, F, d], or one per sample [B, m].
+    `threshold`: features of at most so many rows stay full unless told otherwise; `output`: one vector per feature
+    [B, F, d], or one per sample [B, m].
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
+    threshold: ClassVar[int] = 0
     output: Literal["feature", "sample"] = "feature"
     # True where the vector *is* the row of the only lookup: such features share one gather.
     is_row: ClassVar[bool] = False

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from ...datasets.schema import Ids
 from ...parameter_server.kernels import locate
 from ...parameter_server.requests import Clock
 from ...parameter_server.store import Store
-from ...parameter_server.tables import Optimizer
+from ...parameter_server.tables import Optimizer, TableSpec
 from .base import EmbeddingError, Feature, Lookup, Method
-from .gather import pooled, read_rows, vectors
+from .gather import pooled, read_rows, sample_sums, vectors
 from .gradients import check_finite, collect
 from .lookups import SlabLookups
 from .planning import EmbeddingSize, build_method
@@ -29,12 +29,25 @@ MAX_OPEN_PUSHES = 8
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Features whose vectors come from one call. reads: (position of the slab, first lookup, lookups), in one piece."""
+class _Read:
+    """Neighbouring lookups of one slab, which is the `slab`-th that is read."""
 
+    slab: int
+    first: int
+    lookups: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Features whose vectors come from one call.
+
+    row: vectors are the rows of one read. composed: one read per lookup of the methods, each for all features. sample:
+    one read per table, all features' lookups together.
+    """
+
+    kind: Literal["row", "composed", "sample"]
     features: tuple[int, ...]
-    reads: tuple[tuple[int, int, int], ...]
-    is_row: bool
+    reads: tuple[_Read, ...]
     pooling: str
 
 
@@ -43,7 +56,7 @@ class EmbeddingBagCollection(nn.Module):
 
         with Store.open(shards=4) as store:
             embeddings = EmbeddingBagCollection(features, store=store)
-            vectors = embeddings(ids)      # [B, F, d], or a dict by name where widths differ
+            vectors = embeddings(ids)      # [B, F, d]; a dict by name where widths differ; [B, d] per sample
             loss(vectors).backward()
             embeddings.step()              # the shards apply the optimizer
 
@@ -54,7 +67,8 @@ class EmbeddingBagCollection(nn.Module):
     is given another. device: where vectors are composed.
 
     Raises:
-        EmbeddingError: a feature that stands twice, or options that its method does not take.
+        EmbeddingError: a feature that stands twice, options that its method does not take, features that share a table
+            but not its size, or a method with one vector per sample beside one with a vector per feature.
         TableError: the store holds a table of that name with another specification.
     """
 
@@ -76,10 +90,9 @@ class EmbeddingBagCollection(nn.Module):
         self.learning_rate = learning_rate
         self.device = torch.device(device or "cpu")
         self.methods = nn.ModuleList(build_method(f, optimizer or Optimizer()) for f in features).to(self.device)
-        # A table that several features read is declared by each of them.
-        tables = {table.name: table for method in self._methods for table in method.tables}
-        store.create_tables(list(tables.values()))
-        self._slabs, self._groups = _arrange(self._methods, store)
+        self.output = _common_output(self._methods)
+        store.create_tables(distinct_tables(self._methods))
+        self._slabs, self._groups = _Arrangement(self._methods, store).result()
         self._one_width = len({feature.dim for feature in features}) == 1
         order = [f for group in self._groups for f in group.features]
         self._order = None if order == sorted(order) else torch.tensor(np.argsort(order), device=self.device)
@@ -120,6 +133,8 @@ class EmbeddingBagCollection(nn.Module):
     def forward(self, ids: Ids | Mapping[str, Any] | Ticket) -> Tensor | dict[str, Tensor]:
         """Vectors [B, F, d] in the order of the features, or {name: [B, d]} where widths differ.
 
+        With methods that have one vector per sample (`output` is "sample"): [B, d].
+
         Bags are summed or averaged as the feature's `pooling` says; an empty bag gives zeros.
 
         Raises:
@@ -133,6 +148,8 @@ class EmbeddingBagCollection(nn.Module):
             if not any(ticket is earlier for earlier in self._forwarded):
                 self._forwarded.append(ticket)
         outputs = [self._vectors(group, ticket, rows) for group in self._groups]
+        if self.output == "sample":
+            return outputs[0]
         if not self._one_width:
             pairs = zip(self._groups, outputs, strict=True)
             columns = {f: out[:, i] for group, out in pairs for i, f in enumerate(group.features)}
@@ -165,28 +182,35 @@ class EmbeddingBagCollection(nn.Module):
             self._pushes.popleft().result()
 
     def _vectors(self, group: _Group, ticket: Ticket, rows: list[Tensor]) -> Tensor:
-        """[B, F of the group, d]."""
-        count, offsets = len(group.features), self._bags(group, ticket.ids)
-        read = [
-            (rows[slab], ticket.inverse[slab][ticket.segments[slab][first] : ticket.segments[slab][first + n]])
-            for slab, first, n in group.reads
-        ]
-        if group.is_row:
-            table, inverse = read[0]
-        else:
-            method = self._methods[group.features[0]]
-            table = method.compose([read_rows(source, where) for source, where in read])
-            inverse = np.arange(len(table), dtype=np.int32)
+        """[B, F of the group, d], or [B, d] of a group of kind sample."""
+        count = len(group.features)
+        read = [(rows[r.slab], ticket.inverse_of(r.slab, r.first, r.lookups)) for r in group.reads]
+        if group.kind == "sample":
+            bags = [self._bags(group, ticket.ids, r.lookups // count) for r in group.reads]
+            sums = [
+                sample_sums(*own, offsets, r.lookups) for own, offsets, r in zip(read, bags, group.reads, strict=True)
+            ]
+            return self._methods[group.features[0]].compose_sample(sums)
+        offsets = None if ticket.ids.offsets is None else self._bags(group, ticket.ids)
+        if group.kind == "row":
+            if offsets is None:
+                return vectors(*read[0], count)
+            return pooled(*read[0], offsets, count, group.pooling)
+        first = group.reads[0]
+        begins = ticket.segments[first.slab][first.first : first.first + count + 1]
+        methods = [self._methods[f] for f in group.features]
+        composed = methods[0].compose_all(methods, [read_rows(*own) for own in read], (begins - begins[0]).tolist())
         if offsets is None:
-            return vectors(table, inverse, count)
-        return pooled(table, inverse, offsets, count, group.pooling)
+            return composed.view(count, -1 if len(composed) else 0, composed.shape[1]).transpose(0, 1)
+        return pooled(composed, np.arange(len(composed), dtype=np.int32), offsets, count, group.pooling)
 
-    def _bags(self, group: _Group, ids: Ids) -> np.ndarray | None:
-        """int64 [F of the group * B + 1], from 0; None where every sample has one id per feature."""
+    def _bags(self, group: _Group, ids: Ids, repeat: int = 1) -> np.ndarray:
+        """int64 [F of the group * repeat * B + 1], from 0: where bags begin if each feature is read `repeat` times."""
+        batch = ids.batch_size
         if ids.offsets is None:
-            return None
-        batch, positions = ids.batch_size, self._positions_in(ids)[list(group.features)]
-        sizes = np.diff(ids.offsets).reshape(-1, batch)[positions]
+            return np.arange(len(group.features) * repeat * batch + 1)
+        positions = np.repeat(self._positions_in(ids)[list(group.features)], repeat)
+        sizes = np.diff(ids.offsets).reshape(len(ids), batch)[positions]
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
     def _positions_in(self, ids: Ids) -> np.ndarray:
@@ -206,35 +230,99 @@ class EmbeddingBagCollection(nn.Module):
         return self._rank[1]
 
 
-def _arrange(methods: Sequence[Method], store: Store) -> tuple[list[SlabLookups], list[_Group]]:
+def distinct_tables(methods: Sequence[Method]) -> list[TableSpec]:
+    """Every table once; one that several features read is declared by each of them.
+
+    Raises:
+        EmbeddingError: two features declare one table differently.
+    """
+    tables: dict[str, TableSpec] = {}
+    for method in methods:
+        for table in method.tables:
+            other = tables.setdefault(table.name, table)
+            if other != table:
+                raise EmbeddingError(
+                    f"feature {method.feature.name!r}: table {table.name} would be {table.rows} x {table.width}, but "
+                    f"features before it share it as {other.rows} x {other.width}: give all features of method "
+                    f"{method.feature.method} the same dim and sizes"
+                )
+    return list(tables.values())
+
+
+def _common_output(methods: Sequence[Method]) -> Literal["feature", "sample"]:
+    """Raises EmbeddingError: one vector per sample beside something else."""
+    first = methods[0]
+    for method in methods:
+        if method.output != first.output:
+            per_sample, other = (method, first) if method.output == "sample" else (first, method)
+            raise EmbeddingError(
+                f"feature {other.feature.name!r}: method {other.feature.method} has a vector of its own, while method "
+                f"{per_sample.feature.method} makes one vector per sample of all features: use it for every feature, "
+                f"or set embedding.scope=field"
+            )
+        if method.output == "sample" and method.together() != first.together():
+            raise EmbeddingError(
+                f"feature {method.feature.name!r}: a vector per sample of all features needs the same "
+                f"embedding.hashes and embedding.weight_hashes for each of them"
+            )
+    return first.output
+
+
+class _Arrangement:
     """Which lookups go to which slab, in which order, and which features are composed together.
 
     Features whose vector is a row come first, those of one slab and pooling in one piece, so that a single gather
     serves all of them.
     """
-    features = [method.feature for method in methods]
-    lookups: dict[int, list[tuple[int, int, Lookup]]] = {}
-    slabs: list[int] = []
 
-    def add(feature: int, lookup: Lookup) -> tuple[int, int]:
-        ref = store.layout.ref(methods[feature].tables[lookup.table].name)
-        if ref.slab not in slabs:
-            slabs.append(ref.slab)
-        own = lookups.setdefault(ref.slab, [])
-        own.append((feature, ref.table, lookup))
-        return slabs.index(ref.slab), len(own) - 1
+    def __init__(self, methods: Sequence[Method], store: Store) -> None:
+        self._methods = methods
+        self._layout = store.layout
+        self._lookups: dict[int, list[tuple[int, int, Lookup]]] = {}  # by slab, in the order in which they are read
 
-    together: dict[tuple[int, str], list[int]] = {}
-    for f, method in enumerate(methods):
-        if method.is_row:
-            slab = store.layout.ref(method.tables[0].name).slab
-            together.setdefault((slab, features[f].pooling), []).append(f)
-    groups = []
-    for (_, pooling), members in together.items():
-        places = [add(f, methods[f].lookups[0]) for f in members]
-        groups.append(_Group(tuple(members), ((*places[0], len(places)),), True, pooling))
-    for f, method in enumerate(methods):
-        if not method.is_row:
-            reads = tuple((*add(f, lookup), 1) for lookup in method.lookups)
-            groups.append(_Group((f,), reads, False, features[f].pooling))
-    return [SlabLookups(slab, features, lookups[slab]) for slab in slabs], groups
+    def result(self) -> tuple[list[SlabLookups], list[_Group]]:
+        groups = [self._group(members) for members in self._together()]
+        features = [method.feature for method in self._methods]
+        return [SlabLookups(slab, features, own) for slab, own in self._lookups.items()], groups
+
+    def _together(self) -> list[list[int]]:
+        """Numbers of the features that are composed in one call, rows first."""
+        rows: dict[Hashable, list[int]] = {}
+        others: dict[Hashable, list[int]] = {}
+        for f, method in enumerate(self._methods):
+            slabs = tuple(self._slab(f, lookup) for lookup in method.lookups)
+            if method.output == "sample":
+                others.setdefault("sample", []).append(f)
+            elif method.is_row:
+                rows.setdefault((*slabs, method.feature.pooling), []).append(f)
+            else:
+                same = method.together()
+                others.setdefault((same, slabs, method.feature.pooling, f if same is None else None), []).append(f)
+        return [*rows.values(), *others.values()]
+
+    def _group(self, members: list[int]) -> _Group:
+        first = self._methods[members[0]]
+        pooling, features = first.feature.pooling, tuple(members)
+        if first.output == "sample":
+            reads = []
+            for table in range(len(first.tables)):
+                own = [(f, n) for f in members for n in self._methods[f].lookups if n.table == table]
+                reads.append(self._add(own))
+            return _Group("sample", features, tuple(reads), pooling)
+        by_lookup = [
+            self._add([(f, self._methods[f].lookups[number]) for f in members]) for number in range(len(first.lookups))
+        ]
+        return _Group("row" if first.is_row else "composed", features, tuple(by_lookup), pooling)
+
+    def _slab(self, feature: int, lookup: Lookup) -> int:
+        return self._layout.ref(self._methods[feature].tables[lookup.table].name).slab
+
+    def _add(self, lookups: Sequence[tuple[int, Lookup]]) -> _Read:
+        """Lookups of one slab, (number of the feature, lookup), as neighbours."""
+        slab = self._slab(*lookups[0])
+        own = self._lookups.setdefault(slab, [])
+        begin = len(own)
+        for feature, lookup in lookups:
+            ref = self._layout.ref(self._methods[feature].tables[lookup.table].name)
+            own.append((feature, ref.table, lookup))
+        return _Read(list(self._lookups).index(slab), begin, len(lookups))

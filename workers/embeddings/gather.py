@@ -53,9 +53,27 @@ class _Pool(torch.autograd.Function):
         return out, None, None, None, None
 
 
+class _SumSamples(torch.autograd.Function):
+    """rows [U, w], inverse int32 [N], offsets int64 [L * B + 1] -> [B, w], the sum over a sample's lookups."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, inverse: np.ndarray, offsets: np.ndarray, lookups: int) -> Tensor:
+        ctx.inverse, ctx.offsets, ctx.rows = inverse, offsets, len(rows)
+        out = rows.new_empty((len(offsets) - 1) // lookups, rows.shape[1])
+        kernels.sum_samples(_array(rows), inverse, offsets, out.numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        out = grad.new_zeros(ctx.rows, grad.shape[1])
+        kernels.spread_samples(_array(grad), ctx.inverse, ctx.offsets, out.numpy())
+        return out, None, None, None
+
+
 def read_rows(rows: Tensor, inverse: np.ndarray) -> Tensor:
     """One row per id: rows [U, w] at inverse int32 [N] -> [N, w]."""
-    return vectors(rows, inverse, 1)[:, 0]
+    return vectors(rows, inverse, 1).squeeze(1)
 
 
 def vectors(rows: Tensor, inverse: np.ndarray, features: int) -> Tensor:
@@ -76,3 +94,11 @@ def pooled(rows: Tensor, inverse: np.ndarray, offsets: np.ndarray, features: int
     starts = torch.from_numpy(offsets).to(rows.device, non_blocking=True)
     bags = F.embedding_bag(index, rows, starts, mode=pooling, include_last_offset=True)
     return bags.view(features, -1, rows.shape[1]).transpose(0, 1)
+
+
+def sample_sums(rows: Tensor, inverse: np.ndarray, offsets: np.ndarray, lookups: int) -> Tensor:
+    """One vector per sample: rows [U, w], inverse int32 [N], offsets int64 [L * B + 1], lookup-major -> [B, w]."""
+    if rows.device.type == "cpu":
+        out: Tensor = _SumSamples.apply(rows, inverse, offsets, lookups)  # type: ignore[no-untyped-call]
+        return out
+    return pooled(rows, inverse, offsets, lookups, "sum").sum(1)

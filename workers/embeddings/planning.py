@@ -13,6 +13,9 @@ from ...parameter_server.tables import Optimizer
 from .base import SIZE_OPTIONS, EmbeddingError, Feature, FeatureOptions, Method, PartialOptions
 from .full import Full
 from .hash import Hash
+from .mem_rec import MemRec
+from .mlet import MLET
+from .narrow import Narrow
 
 
 class MethodType(Protocol):
@@ -23,7 +26,13 @@ class MethodType(Protocol):
     def __call__(self, feature: Feature, optimizer: Optimizer) -> Method: ...
 
 
-METHODS: dict[str, MethodType] = {"full": Full, "hash": Hash}
+METHODS: dict[str, MethodType] = {
+    "full": Full,
+    "hash": Hash,
+    "mlet": MLET,
+    "narrow": Narrow,
+    "mem_rec": MemRec,
+}
 
 
 class FeatureOverride(PartialOptions):
@@ -106,7 +115,10 @@ class EmbeddingSize(BaseModel):
     def of(cls, methods: Iterable[Method]) -> EmbeddingSize:
         methods = list(methods)
         full = sum(m.feature.full_rows * m.feature.dim for m in methods)
-        return cls(parameters=sum(m.parameter_count for m in methods), full_parameters=full)
+        # A table that several features read counts once.
+        tables = {table.name: table.rows * table.width for m in methods for table in m.tables}
+        dense = sum(p.numel() for m in methods for p in m.parameters())
+        return cls(parameters=sum(tables.values()) + dense, full_parameters=full)
 
 
 def feature_table(methods: Sequence[Method]) -> list[dict[str, Any]]:

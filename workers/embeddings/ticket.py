@@ -39,6 +39,11 @@ class Ticket:
         self._stream = stream
         self._copied: torch.cuda.Event | None = None
 
+    def inverse_of(self, slab: int, first: int, lookups: int) -> np.ndarray:
+        """int32 [N]: where the rows of neighbouring lookups stand among the slab's distinct rows."""
+        segments = self.segments[slab]
+        return self.inverse[slab][segments[first] : segments[first + lookups]]
+
     def wait(self) -> None:
         """Until the rows have arrived; on cuda their copy to the device has then begun, on a stream of its own.
 

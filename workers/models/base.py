@@ -19,7 +19,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, dense: Tensor, vectors: Tensor) -> Tensor:
-        """dense float32 [B, D], vectors float32 [B, F, d] -> logits [B]. B may be 0."""
+        """dense float32 [B, D], vectors float32 [B, F, d], or [B, m] per sample -> logits [B]. B may be 0."""
 
 
 def mlp(widths: Sequence[int], generator: torch.Generator, *, linear_last: bool) -> nn.Sequential:

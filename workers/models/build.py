@@ -26,10 +26,15 @@ class ModelConfig(BaseModel):
     cross_rank: int | None = Field(default=None, ge=1, description="dcn_v2: rank of their matrices; None: full")
 
 
-def build_model(config: ModelConfig, *, dense: int, features: int, dim: int, seed: int) -> Model:
-    """The model for `dense` numeric columns and `features` vectors of width `dim`; its weights depend on the seed."""
+def build_model(
+    config: ModelConfig, *, dense: int, features: int, dim: int, seed: int, per_sample: bool = False
+) -> Model:
+    """The model for `dense` numeric columns and `features` vectors of width `dim`; its weights depend on the seed.
+
+    per_sample: it is given one vector per sample instead, which it must accept.
+    """
     if config.name == "dlrm":
-        return DLRM(dense, features, dim, bottom=config.bottom, top=config.top, seed=seed)
+        return DLRM(dense, features, dim, bottom=config.bottom, top=config.top, seed=seed, per_sample=per_sample)
     return DCNv2(
         dense,
         features * dim,

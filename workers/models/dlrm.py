@@ -56,23 +56,39 @@ class DLRM(Model):
 
     ReLU after every layer of the bottom, also its last; the top's last layer is linear. Without dense columns there is
     no bottom MLP and only the feature vectors interact.
+
+    per_sample: one vector of width dim stands for all features. Nothing interacts then: it is concatenated to the
+    bottom's output, as MEM-REC's authors have it.
     """
 
+    accepts = frozenset({"feature", "sample"})
+
     def __init__(
-        self, dense: int, features: int, dim: int, *, bottom: Sequence[int], top: Sequence[int], seed: int = 0
+        self,
+        dense: int,
+        features: int,
+        dim: int,
+        *,
+        bottom: Sequence[int],
+        top: Sequence[int],
+        seed: int = 0,
+        per_sample: bool = False,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.bottom = mlp([dense, *bottom, dim], generator, linear_last=False) if dense else None
         vectors = features + 1 if dense else features
-        width = (dim if dense else 0) + vectors * (vectors - 1) // 2
+        interaction = dim if per_sample else vectors * (vectors - 1) // 2
+        width = (dim if dense else 0) + interaction
         self.top = mlp([width, *top, 1], generator, linear_last=True)
 
     def forward(self, dense: Tensor, vectors: Tensor) -> Tensor:
-        if self.bottom is None:
+        below = None if self.bottom is None else self.bottom(dense)
+        if vectors.dim() == 2:
+            inputs = vectors if below is None else torch.cat([below, vectors], 1)
+        elif below is None:
             inputs = dot_interaction(vectors)
         else:
-            below = self.bottom(dense)
             pairs = dot_interaction(torch.cat([below.unsqueeze(1), vectors], 1))
             inputs = torch.cat([below, pairs], 1)
         logits: Tensor = self.top(inputs)
