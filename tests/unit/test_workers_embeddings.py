@@ -188,7 +188,7 @@ def table_row(embeddings: EmbeddingBagCollection, row: int) -> torch.Tensor:
 
 def test_hashed_features_take_any_id_and_share_rows(store: Any) -> None:
     wanted = [
-        Feature(name="h", method="hash", rows=3, cardinality=1000, dim=4),
+        Feature(name="h", method="hash", rows=3, dim=4),
         Feature(name="u", distinct=10, dim=4),
     ]
     embeddings = EmbeddingBagCollection(wanted, store=store)

@@ -63,15 +63,9 @@ class PartialOptions(BaseModel):
 class UnreachableRatio(EmbeddingError):
     """A ratio that a method cannot reach for a feature. reachable: the largest one that it can."""
 
-    def __init__(self, feature: Feature, smallest: int) -> None:
-        """smallest: the fewest numbers with which the method works."""
-        self.reachable = feature.full_rows * feature.dim / smallest
-        stated = math.floor(self.reachable * 1000) / 1000
-        super().__init__(
-            f"feature {feature.name!r}: method {feature.method} cannot be {feature.ratio:g} times smaller than "
-            f"{feature.full_rows} rows of dim {feature.dim}: set embedding.ratio to {stated:g} or less, raise "
-            f"embedding.dim, or keep it full with embedding.threshold={feature.full_rows}"
-        )
+    def __init__(self, message: str, reachable: float) -> None:
+        super().__init__(message)
+        self.reachable = reachable
 
 
 class FeatureOptions(PartialOptions):
@@ -142,6 +136,16 @@ class Feature(FeatureOptions):
         """The most numbers that `ratio` leaves for this feature."""
         # A ratio that was itself divided out of a count must give that count again.
         return math.floor(self.full_rows * self.dim / (self.ratio or 1.0) * (1 + 1e-12))
+
+    def unreachable(self, smallest: int) -> UnreachableRatio:
+        """The error where `ratio` asks for fewer numbers than the smallest with which the method works."""
+        reachable = self.full_rows * self.dim / smallest
+        return UnreachableRatio(
+            f"feature {self.name!r}: method {self.method} cannot be {self.ratio:g} times smaller than {self.full_rows} "
+            f"rows of dim {self.dim}: set embedding.ratio to {math.floor(reachable * 1000) / 1000:g} or less, raise "
+            f"embedding.dim, or keep it full with embedding.threshold={self.full_rows}",
+            reachable,
+        )
 
     def indexed(self, modulus: int, divisor: int = 1) -> RowMap:
         """(id div divisor) mod modulus; ids beyond the cardinality as `out_of_range` says."""

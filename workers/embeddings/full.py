@@ -7,15 +7,14 @@ from .base import Feature, RowMap, RowMethod
 
 
 def full_row_map(feature: Feature) -> RowMap:
-    """One of `full_rows` per id: the id where the cardinality is known (beyond it as `out_of_range` says), or a hash."""
-    rows = feature.full_rows
+    """One of `full_rows` rows per id: the id itself where the cardinality is known, otherwise a hash of it."""
     if feature.cardinality is None:
-        return RowMap("hash", rows, seed=feature.key("full"))
-    return RowMap("index", rows, limit=rows, wrap=feature.out_of_range == "modulo")
+        return feature.hashed(feature.full_rows, "full")
+    return feature.indexed(feature.full_rows)
 
 
 class Full(RowMethod):
-    """`full_rows` x d: see `full_row_map`."""
+    """`full_rows` x d; ids to rows as `full_row_map` has them."""
 
     def __init__(self, feature: Feature, optimizer: Optimizer) -> None:
         super().__init__(feature, optimizer, "full", feature.full_rows, full_row_map(feature))

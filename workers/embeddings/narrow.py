@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from ...parameter_server.tables import Optimizer
-from .base import EmbeddingError, Feature
+from .base import EmbeddingError, Feature, UnreachableRatio
 from .projected import Projected
 
 
@@ -27,9 +27,10 @@ class Narrow(Projected):
             )
         width = feature.inner_dim if feature.ratio is None else math.floor(feature.dim / feature.ratio)
         if not width:
-            raise EmbeddingError(
+            raise UnreachableRatio(
                 f"feature {feature.name!r}: method narrow keeps one float per id at least, so at dim {feature.dim} "
-                f"embedding.ratio is at most {feature.dim}, not {feature.ratio:g}"
+                f"embedding.ratio is at most {feature.dim}, not {feature.ratio:g}",
+                reachable=feature.dim,
             )
         if width >= feature.dim:
             raise EmbeddingError(

@@ -11,17 +11,22 @@ from pydantic import BaseModel, Field
 from ...datasets.schema import Schema
 from ...parameter_server.tables import Optimizer
 from .base import SIZE_OPTIONS, EmbeddingError, Feature, FeatureOptions, Method, PartialOptions
+from .double_hash import DoubleHash
 from .full import Full
 from .hash import Hash
 from .mem_rec import MemRec
+from .memcom import MEmCom
 from .mlet import MLET
 from .narrow import Narrow
+from .qr import QR
+from .sizing import fit_bytes
 
 
 class MethodType(Protocol):
     """The class of a method, as the table below holds it."""
 
     options: frozenset[str]
+    threshold: int
 
     def __call__(self, feature: Feature, optimizer: Optimizer) -> Method: ...
 
@@ -29,6 +34,9 @@ class MethodType(Protocol):
 METHODS: dict[str, MethodType] = {
     "full": Full,
     "hash": Hash,
+    "qr": QR,
+    "memcom": MEmCom,
+    "double_hash": DoubleHash,
     "mlet": MLET,
     "narrow": Narrow,
     "mem_rec": MemRec,
@@ -45,14 +53,20 @@ class EmbeddingConfig(FeatureOptions):
     """The `embedding` section of a run."""
 
     placement: Literal["sharded"] = Field(default="sharded", description="where the tables live")
+    bytes: int | None = Field(
+        default=None, gt=0, description="float32 bytes of all embeddings together, instead of a ratio"
+    )
     features: dict[str, FeatureOverride] = Field(default_factory=dict, description="what differs, by feature")
 
 
 def plan_features(schema: Schema, config: EmbeddingConfig, seed: int = 0) -> list[Feature]:
     """One Feature per categorical column, in the columns' order.
 
+    With `bytes`, every feature gets the ratio that `fit_bytes` finds, but for those with sizes of their own.
+
     Raises:
-        EmbeddingError: `embedding.features` names a column that does not exist, or a method does not take its options.
+        EmbeddingError: `embedding.features` names a column that does not exist, a method does not take its options, or
+            the bytes cannot be reached.
     """
     names = schema.categorical_names
     for name in config.features:
@@ -71,13 +85,28 @@ def plan_features(schema: Schema, config: EmbeddingConfig, seed: int = 0) -> lis
         feature = Feature(name=column.name, seed=seed, **stated)
         _check_options(feature)
         features.append(feature)
-    return features
+    if config.bytes is None:
+        return features
+    sized = ["ratio" in METHODS[f.method].options and not _has_size(f) for f in features]
+    return fit_bytes(
+        features, sized, config.bytes, lambda f: build_method(f, Optimizer()), lambda m: EmbeddingSize.of(m).parameters
+    )
 
 
 def build_method(feature: Feature, optimizer: Optimizer) -> Method:
-    """Raises EmbeddingError: an unknown method, or options that it cannot work with."""
+    """The feature's method, or `full` for a table at or below the threshold, or that its method would not make smaller.
+
+    Raises:
+        EmbeddingError: an unknown method, or options that it cannot work with.
+    """
     _check_options(feature)
-    return METHODS[feature.method](feature, optimizer)
+    chosen = METHODS[feature.method]
+    threshold = chosen.threshold if feature.threshold is None else feature.threshold
+    if feature.full_rows <= threshold:
+        return Full(feature, optimizer)
+    method = chosen(feature, optimizer)
+    useless = "threshold" in chosen.options and method.parameter_count >= feature.full_rows * feature.dim
+    return Full(feature, optimizer) if useless else method
 
 
 def _check_options(feature: Feature) -> None:
@@ -91,6 +120,10 @@ def _check_options(feature: Feature) -> None:
                 f"feature {feature.name!r}: method {feature.method} takes no {option}; "
                 f"leave embedding.{option} out, or choose embedding.method={' or '.join(others)}"
             )
+
+
+def _has_size(feature: Feature) -> bool:
+    return any(getattr(feature, option) is not None for option in ("ratio", "rows", "moduli", "inner_dim"))
 
 
 class EmbeddingSize(BaseModel):
@@ -122,7 +155,7 @@ class EmbeddingSize(BaseModel):
 
 
 def feature_table(methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """One record per feature, to print: what the ratio is taken against stands beside it.
+    """One record per feature and one for all, to print: what the ratio is taken against stands beside it.
 
     ids: the declared cardinality, or "~" and the estimated number of distinct ids, or "?".
     """
@@ -134,7 +167,7 @@ def feature_table(methods: Sequence[Method]) -> list[dict[str, Any]]:
             {
                 "feature": feature.name,
                 "ids": estimate if feature.cardinality is None else str(feature.cardinality),
-                "method": feature.method,
+                "method": "full" if isinstance(method, Full) else feature.method,
                 "rows": sum(table.rows for table in method.tables),
                 "width": feature.dim,
                 "parameters": size.parameters,
@@ -142,4 +175,18 @@ def feature_table(methods: Sequence[Method]) -> list[dict[str, Any]]:
                 "ratio": round(size.ratio, 3),
             }
         )
+    total = EmbeddingSize.of(methods)
+    tables = {table.name: table.rows for method in methods for table in method.tables}
+    records.append(
+        {
+            "feature": "all",
+            "ids": "",
+            "method": "",
+            "rows": sum(tables.values()),
+            "width": "",
+            "parameters": total.parameters,
+            "full_rows": sum(method.feature.full_rows for method in methods),
+            "ratio": round(total.ratio, 3),
+        }
+    )
     return records
