@@ -150,9 +150,9 @@ def test_absent_rows_move_over_the_store_and_stay_with_a_single_layer() -> None:
 
 @pytest.mark.parametrize("method", ["mlet", "narrow"])
 def test_features_composed_together_equal_those_composed_alone(method: str) -> None:
-    """Bit by bit, vectors and gradients, one id per sample and bags; a plain feature stands between."""
+    """Bit by bit, vectors and gradients, one id per sample and bags; beside a plain feature and one of another pooling."""
     rng = np.random.default_rng(1)
-    names = ("a", "b", "c")
+    names = ("a", "b", "c", "d")
     one = Ids.from_dict({name: rng.integers(0, N, 7) for name in names})
     sizes = {name: rng.integers(0, 4, 7) for name in names}
     bags = Ids.from_dict(
@@ -160,9 +160,14 @@ def test_features_composed_together_equal_those_composed_alone(method: str) -> N
     )
     for ids in (one, bags):
         with Store.open(blocks=20) as store, Store.open(blocks=20) as other:
-            parts = feature("a", method), feature("b", "full"), feature("c", method)
+            parts = (
+                feature("a", method),
+                feature("b", "full"),
+                feature("c", method),
+                feature("d", method, pooling="mean"),
+            )
             together = collection(store, *parts)
-            weights = torch.randn(7, 3, D, generator=torch.Generator().manual_seed(0))
+            weights = torch.randn(7, 4, D, generator=torch.Generator().manual_seed(0))
             out = together(ids)
             (out * weights).sum().backward()
             together.step()

@@ -37,7 +37,7 @@ def build_model(
         return DLRM(dense, features, dim, bottom=config.bottom, top=config.top, seed=seed, per_sample=per_sample)
     return DCNv2(
         dense,
-        features * dim,
+        dim if per_sample else features * dim,
         dim,
         bottom=config.bottom,
         top=config.top,
