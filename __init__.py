@@ -27,6 +27,7 @@ _PUBLIC: dict[str, str] = {
     "Trainer": ".cluster.launch",
     "evaluate": ".workers.evaluate",
     "load_schema": ".datasets.files",
+    "nn": ".nn",
 }
 
 __all__ = [
@@ -44,16 +45,19 @@ __all__ = [
     "__version__",
     "evaluate",
     "load_schema",
+    "nn",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'embershard' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name], __name__), name)
+    module = import_module(_PUBLIC[name], __name__)
+    return module if _PUBLIC[name] == f".{name}" else getattr(module, name)
 
 
 if TYPE_CHECKING:
+    from . import nn
     from .cluster.config import RunConfig
     from .cluster.launch import Trainer
     from .datasets.files import load_schema

@@ -5,7 +5,7 @@ arXiv 2007.14523, without its rows for frequent ids, which need counts of a firs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -48,6 +48,9 @@ class DoubleHash(Method):
 
     def compose(self, rows: Sequence[Tensor]) -> Tensor:
         return combine(self.operation, rows)
+
+    def together(self) -> Hashable:
+        return "double_hash", self.operation
 
 
 def _rows(feature: Feature, per_row: int) -> int:

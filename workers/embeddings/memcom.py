@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -41,6 +41,9 @@ class MEmCom(Method):
     def compose(self, rows: Sequence[Tensor]) -> Tensor:
         scaled = rows[1] * rows[0]
         return scaled + rows[2] if len(rows) == 3 else scaled
+
+    def together(self) -> Hashable:
+        return "memcom", len(self.lookups)
 
 
 def _shared_row(feature: Feature, rows: int) -> RowMap:

@@ -14,7 +14,7 @@ from .base import SIZE_OPTIONS, EmbeddingError, Feature, FeatureOptions, Method,
 from .double_hash import DoubleHash
 from .full import Full
 from .hash import Hash
-from .mem_rec import MemRec
+from .mem_rec import MemRec, size_shared_tables
 from .memcom import MEmCom
 from .mlet import MLET
 from .narrow import Narrow
@@ -83,10 +83,12 @@ def plan_features(schema: Schema, config: EmbeddingConfig, seed: int = 0) -> lis
         kept = general if "method" not in own else {k: v for k, v in general.items() if k not in SIZE_OPTIONS}
         stated: dict[str, Any] = {"cardinality": column.cardinality, "distinct": column.distinct, **kept, **own}
         feature = Feature(name=column.name, seed=seed, **stated)
-        _check_options(feature)
+        check_options(feature)
         features.append(feature)
     if config.bytes is None:
-        return features
+        return size_shared_tables(features)
+    if all(feature.method == "mem_rec" for feature in features):
+        return size_shared_tables(features, config.bytes // 4)
     sized = ["ratio" in METHODS[f.method].options and not _has_size(f) for f in features]
     return fit_bytes(
         features, sized, config.bytes, lambda f: build_method(f, Optimizer()), lambda m: EmbeddingSize.of(m).parameters
@@ -99,7 +101,7 @@ def build_method(feature: Feature, optimizer: Optimizer) -> Method:
     Raises:
         EmbeddingError: an unknown method, or options that it cannot work with.
     """
-    _check_options(feature)
+    check_options(feature)
     chosen = METHODS[feature.method]
     threshold = chosen.threshold if feature.threshold is None else feature.threshold
     if feature.full_rows <= threshold:
@@ -109,7 +111,8 @@ def build_method(feature: Feature, optimizer: Optimizer) -> Method:
     return Full(feature, optimizer) if useless else method
 
 
-def _check_options(feature: Feature) -> None:
+def check_options(feature: Feature) -> None:
+    """Raises EmbeddingError: an unknown method, or an option that it does not take."""
     if feature.method not in METHODS:
         raise EmbeddingError(f"embedding.method: unknown method {feature.method!r}; one of {', '.join(METHODS)}")
     taken = METHODS[feature.method].options
@@ -123,7 +126,9 @@ def _check_options(feature: Feature) -> None:
 
 
 def _has_size(feature: Feature) -> bool:
-    return any(getattr(feature, option) is not None for option in ("ratio", "rows", "moduli", "inner_dim"))
+    return any(
+        getattr(feature, option) is not None for option in ("ratio", "rows", "moduli", "inner_dim", "token_rows")
+    )
 
 
 class EmbeddingSize(BaseModel):

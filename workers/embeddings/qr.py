@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -47,6 +47,9 @@ class QR(Method):
 
     def compose(self, rows: Sequence[Tensor]) -> Tensor:
         return combine(self.operation, rows)
+
+    def together(self) -> Hashable:
+        return "qr", self.operation, len(self.lookups)
 
 
 def _row_maps(feature: Feature, moduli: Moduli) -> list[RowMap]:

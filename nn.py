@@ -1,0 +1,9 @@
+"""Compressed embeddings without a store: each stands in for torch.nn.EmbeddingBag.
+
+layer = embershard.nn.MEmCom(1_000_000, 64, hashed_rows=20_000)
+vectors = layer(ids, offsets)
+"""
+
+from .workers.embeddings.layers import QR, DoubleHash, Full, Hash, MEmCom
+
+__all__ = ["QR", "DoubleHash", "Full", "Hash", "MEmCom"]

@@ -1,0 +1,256 @@
+"""The methods alone: modules that stand in for torch.nn.EmbeddingBag, without a store.
+
+A layer holds a method's tables as parameters. Ids become rows as on the store, `Method.compose` is the same code, and
+initial values are those of a store of the same seed and table name, so whatever trains here trains there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...parameter_server.kernels import initialise_share, rows_of_share
+from ...parameter_server.tables import Optimizer, TableSpec
+from .base import EmbeddingError, Feature
+from .planning import METHODS, check_options
+from .torch_rows import map_rows
+
+Mode = Literal["sum", "mean", "max"]
+
+
+class Common(TypedDict, total=False):
+    """What every layer takes besides its sizes; see `Layer`."""
+
+    mode: Mode
+    padding_idx: int | None
+    include_last_offset: bool
+    out_of_range: Literal["error", "modulo"]
+    seed: int
+    name: str
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class Layer(nn.Module):
+    """What stands in for torch.nn.EmbeddingBag. Each id's vector is composed first; bags are pooled after that.
+
+    num_embeddings: ids lie in [0, num_embeddings). embedding_dim: d. mode: how a bag's vectors become one ("mean" as in
+    torch). padding_idx: an id that bags leave out. out_of_range: ids beyond are an error, or taken modulo. seed and
+    name: a table's initial values are those of the table `name.ROLE` in a store of that seed; ROLE is also the name of
+    its parameter. dtype: of the parameters; values are drawn in float32.
+
+    Raises:
+        EmbeddingError: sizes that the method cannot work with.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        num_embeddings: int,
+        embedding_dim: int,
+        sizes: Mapping[str, Any],
+        *,
+        mode: Mode = "mean",
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+        out_of_range: Literal["error", "modulo"] = "error",
+        seed: int = 0,
+        name: str = "embedding",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if mode not in ("sum", "mean", "max"):
+            raise EmbeddingError(f"mode: {mode!r} is none of sum, mean and max")
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise EmbeddingError(f"padding_idx: {padding_idx} lies outside the {num_embeddings} ids")
+        feature = Feature(
+            name=name,
+            method=method,
+            cardinality=num_embeddings,
+            dim=embedding_dim,
+            out_of_range=out_of_range,
+            seed=seed,
+            **sizes,
+        )
+        check_options(feature)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.mode = mode
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.include_last_offset = include_last_offset
+        self.method = METHODS[method](feature, Optimizer()).to(device=device, dtype=dtype)
+        for table in self.method.tables:
+            values = torch.empty(table.rows, table.width, device=device, dtype=dtype)
+            self.register_parameter(_role(table), nn.Parameter(values))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gives the tables their initial values."""
+        for table in self.method.tables:
+            parameter = self.get_parameter(_role(table))
+            if parameter.device.type != "meta":
+                parameter.copy_(torch.from_numpy(initial_rows(table, self.method.feature.seed)))
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Vectors [B, d] of bags: as torch.nn.EmbeddingBag takes them, ids [B, L], or ids [N] with offsets [B].
+
+        input: int64 or int32. offsets: where each bag begins; with `include_last_offset` also where the last one ends.
+        per_sample_weights: one per id, with mode "sum" only. An empty bag gives zeros.
+
+        Raises:
+            EmbeddingError: an id outside [0, num_embeddings) (on a GPU and when compiled a RuntimeError, without it).
+            ValueError: shapes that do not go together.
+        """
+        ids = input.reshape(-1).long()
+        vectors = self.compose(self._checked(ids))
+        places = torch.arange(len(ids), device=ids.device)
+        padding = None
+        if self.padding_idx is not None:
+            # A row of its own for what bags leave out: its values are never read.
+            padding = len(ids)
+            places = torch.where(ids == self.padding_idx, padding, places)
+            vectors = F.pad(vectors, (0, 0, 0, 1))
+        if offsets is not None:
+            offsets = offsets.long()
+        return F.embedding_bag(
+            places.view_as(input),
+            vectors,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding,
+        )
+
+    def compose(self, ids: Tensor) -> Tensor:
+        """The vectors [N, d] of ids int64 [N], before any pooling."""
+        tables = [self.get_parameter(_role(table)) for table in self.method.tables]
+        return self.method.compose(
+            [F.embedding(map_rows(own.map, ids), tables[own.table]) for own in self.method.lookups]
+        )
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        """Raises EmbeddingError: an id outside [0, num_embeddings), where such ids are not taken modulo."""
+        if not any(own.map.limit and not own.map.wrap for own in self.method.lookups):
+            return ids
+        inside = (ids >= 0) & (ids < self.num_embeddings)
+        if torch.compiler.is_compiling() or ids.device.type != "cpu":
+            torch._assert_async(inside.all(), "an id lies outside [0, num_embeddings)")
+        elif not inside.all():
+            raise EmbeddingError(
+                f"id {int(ids[~inside][0])} lies outside [0, {self.num_embeddings}): give the layer more "
+                f"num_embeddings, or out_of_range='modulo'"
+            )
+        return ids
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}, padding_idx={self.padding_idx}"
+
+
+class Full(Layer):
+    """One row per id: parameter `full`, num_embeddings x d."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, **common: Unpack[Common]) -> None:
+        super().__init__("full", num_embeddings, embedding_dim, {}, **common)
+
+
+class Hash(Layer):
+    """The hashing trick: parameter `hashed`. Takes hashed_rows or ratio; see `workers.embeddings.hash.Hash`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        hashed_rows: int | None = None,
+        ratio: float | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__("hash", num_embeddings, embedding_dim, {"rows": hashed_rows, "ratio": ratio}, **common)
+
+
+class QR(Layer):
+    """Quotient and remainder, and their generalisation: parameters `partition0`, `partition1`, ...
+
+    Takes remainder_rows, moduli or ratio; see `workers.embeddings.qr.QR`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        remainder_rows: int | None = None,
+        moduli: tuple[int, ...] | None = None,
+        ratio: float | None = None,
+        operation: Literal["mult", "add", "concat"] = "mult",
+        partitions: int | None = None,
+        scheme: Literal["quotient_remainder", "chinese_remainder"] = "quotient_remainder",
+        **common: Unpack[Common],
+    ) -> None:
+        sizes = {"rows": remainder_rows, "moduli": moduli, "ratio": ratio, "partitions": partitions}
+        shape = {"operation": operation, "scheme": scheme}
+        super().__init__("qr", num_embeddings, embedding_dim, {**sizes, **shape}, **common)
+
+
+class MEmCom(Layer):
+    """Shared rows times one weight per id: parameters `hashed`, `weight` and with bias=True `bias`.
+
+    Takes hashed_rows or ratio; see `workers.embeddings.memcom.MEmCom`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        hashed_rows: int | None = None,
+        ratio: float | None = None,
+        bias: bool = False,
+        hashing: Literal["modulo", "seeded"] = "modulo",
+        **common: Unpack[Common],
+    ) -> None:
+        sizes = {"rows": hashed_rows, "ratio": ratio, "bias": bias, "hashing": hashing}
+        super().__init__("memcom", num_embeddings, embedding_dim, sizes, **common)
+
+
+class DoubleHash(Layer):
+    """Two hashed rows per id: parameter `hashed0`, with tables=2 also `hashed1`.
+
+    Takes hashed_rows (of each table) or ratio; see `workers.embeddings.double_hash.DoubleHash`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        hashed_rows: int | None = None,
+        ratio: float | None = None,
+        operation: Literal["add", "mult", "concat"] = "add",
+        tables: Literal[1, 2] = 1,
+        **common: Unpack[Common],
+    ) -> None:
+        sizes = {"rows": hashed_rows, "ratio": ratio, "operation": operation, "partitions": tables}
+        super().__init__("double_hash", num_embeddings, embedding_dim, sizes, **common)
+
+
+def initial_rows(table: TableSpec, seed: int) -> np.ndarray:
+    """float32 [rows, width], in row order: what a store of that seed gives the table."""
+    share, order = np.empty((table.rows, table.width), np.float32), np.empty(table.rows, np.int64)
+    initialise_share(share, table, 0, 1, seed)
+    rows_of_share(0, 1, table.rows, np.uint64(table.key), order)
+    rows = np.empty_like(share)
+    rows[order] = share
+    return rows
+
+
+def _role(table: TableSpec) -> str:
+    return table.name.rpartition(".")[2]
