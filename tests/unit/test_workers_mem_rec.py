@@ -20,7 +20,7 @@ from embershard.workers.embeddings.collection import EmbeddingBagCollection
 from embershard.workers.embeddings.gather import sample_sums
 from embershard.workers.embeddings.lookups import SlabLookups
 from embershard.workers.embeddings.mem_rec import TOKEN, WEIGHT, MemRec
-from embershard.workers.embeddings.planning import EmbeddingConfig, EmbeddingSize
+from embershard.workers.embeddings.planning import EmbeddingConfig, EmbeddingSize, plan_features
 from embershard.workers.learner import Learner
 from embershard.workers.models.build import ModelConfig, build_model
 from embershard.workers.network import Network, NetworkSpec
@@ -62,6 +62,26 @@ def test_sizes_depend_on_neither_vocabulary_nor_features() -> None:
     for rows, ratio in ((TERABYTE_ROWS, 2484), (DCN_V2_ROWS, 2701)):
         one = released(1, cardinality=rows)
         assert round(EmbeddingSize.of(one).ratio) == ratio
+
+
+def planned(cardinalities: tuple[int, ...], **options: Any) -> EmbeddingSize:
+    features = plan_features(schema(cardinalities), EmbeddingConfig(method="mem_rec", dim=D, **options))
+    return EmbeddingSize.of([MemRec(f, SGD) for f in features])
+
+
+def test_a_ratio_or_a_budget_sizes_the_tables_that_all_features_share() -> None:
+    # 1000 ids of width 4: 4000 numbers; a row of both tables is 5.
+    assert planned((900, 100), ratio=4).parameters == 1000
+    assert planned((900, 100), ratio=4, weight_rows=40).parameters == 1000
+    assert planned((900, 100), ratio=4, weight_hashes=0).parameters == 1000
+    assert planned((900, 100), ratio=4.001).parameters == 995
+    assert planned((900, 100), bytes=4003).bytes == 4000
+    with pytest.raises(EmbeddingError, match=r"'c0': method mem_rec cannot do with 4 numbers: .* it needs 5 or more"):
+        planned((900, 100), ratio=1000)
+    with pytest.raises(EmbeddingError, match=r"'c1': method mem_rec shares .* need one embedding.token_rows or one e"):
+        planned((900, 100), ratio=4, features={"c1": {"ratio": 5}})
+    with pytest.raises(EmbeddingError, match=r"'c0': method mem_rec shares .* need one embedding.token_rows or one e"):
+        planned((900, 100))
 
 
 def test_the_dlrm_around_it_concatenates() -> None:
@@ -249,6 +269,7 @@ def test_trained_in_sync_is_the_same_for_any_number_of_shards(scope: str) -> Non
     ("features", "message"),
     [
         ([feature("a", token_rows=None)], r"feature 'a': method mem_rec needs embedding.token_rows"),
+        ([feature("a", ratio=2)], r"feature 'a': method mem_rec needs embedding.token_rows.* and no ratio beside it"),
         ([feature("a", pooling="mean")], r"feature 'a': .* scope=sample adds .* set embedding.pooling=sum"),
         (
             [feature("a"), feature("b", token_rows=12)],

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from embershard.datasets.schema import Ids
 from embershard.parameter_server.requests import Clock
 from embershard.parameter_server.store import Store
 from embershard.parameter_server.tables import Optimizer
@@ -146,41 +145,6 @@ def test_absent_rows_move_over_the_store_and_stay_with_a_single_layer() -> None:
         absent = np.setdiff1d(np.arange(N), [1, 2])
         assert moved[absent, 0].all() and not moved[absent, 1].any() and moved[[1, 2]].all()
         assert np.array_equal(whole(store, "item.factor")[absent], factor[absent])
-
-
-@pytest.mark.parametrize("method", ["mlet", "narrow"])
-def test_features_composed_together_equal_those_composed_alone(method: str) -> None:
-    """Bit by bit, vectors and gradients, one id per sample and bags; beside a plain feature and one of another pooling."""
-    rng = np.random.default_rng(1)
-    names = ("a", "b", "c", "d")
-    one = Ids.from_dict({name: rng.integers(0, N, 7) for name in names})
-    sizes = {name: rng.integers(0, 4, 7) for name in names}
-    bags = Ids.from_dict(
-        {n: (rng.integers(0, N, sizes[n].sum()), np.concatenate([[0], np.cumsum(sizes[n])])) for n in names}
-    )
-    for ids in (one, bags):
-        with Store.open(blocks=20) as store, Store.open(blocks=20) as other:
-            parts = (
-                feature("a", method),
-                feature("b", "full"),
-                feature("c", method),
-                feature("d", method, pooling="mean"),
-            )
-            together = collection(store, *parts)
-            weights = torch.randn(7, 4, D, generator=torch.Generator().manual_seed(0))
-            out = together(ids)
-            (out * weights).sum().backward()
-            together.step()
-            for f, part in enumerate(parts):
-                alone = collection(other, part)
-                own = alone(ids)
-                assert torch.equal(own[:, 0], out[:, f])
-                (own[:, 0] * weights[:, f]).sum().backward()
-                alone.step()
-                for mine, theirs in zip(alone.methods[0].parameters(), together.methods[f].parameters(), strict=True):
-                    assert torch.equal(mine.grad, theirs.grad)
-                table = alone.methods[0].tables[0].name
-                assert np.array_equal(whole(store, table), whole(other, table))
 
 
 def test_an_empty_batch_gives_no_vectors_and_zero_gradients() -> None:

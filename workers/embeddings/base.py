@@ -194,7 +194,7 @@ class Method(nn.Module, ABC):
         raise NotImplementedError(f"method {self.feature.method} has one vector per feature")
 
     def together(self) -> Hashable:
-        """Methods of equal values (not None) compose in one call of `compose_all`, whatever their features."""
+        """Methods of one class and equal values (not None) compose in one call of `compose_all`, for many features."""
         return None
 
     @classmethod

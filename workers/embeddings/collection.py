@@ -297,7 +297,8 @@ class _Arrangement:
                 rows.setdefault((*slabs, method.feature.pooling), []).append(f)
             else:
                 same = method.together()
-                others.setdefault((same, slabs, method.feature.pooling, f if same is None else None), []).append(f)
+                alone = f if same is None else None
+                others.setdefault((type(method), same, slabs, method.feature.pooling, alone), []).append(f)
         return [*rows.values(), *others.values()]
 
     def _group(self, members: list[int]) -> _Group:
