@@ -17,11 +17,13 @@ class Ids:
 
     features: the F names. offsets None: exactly one id per (feature, sample), values int64 [F * B]. Otherwise the ids
     of (feature f, sample b) are values[offsets[f * B + b] : offsets[f * B + b + 1]], offsets int64 [F * B + 1].
+    weights: float32, one per value; None where every value counts as 1.
     """
 
     features: tuple[str, ...]
     values: np.ndarray
     offsets: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     @property
     def batch_size(self) -> int:

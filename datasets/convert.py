@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from .files import list_files
+from .footers import list_files
 from .schema import DataError
 from .writer import Block, DatasetWriter, PartWriter
 

@@ -1,8 +1,7 @@
-"""Row groups to arrays: decoding a window, and gathering batches out of its Arrow buffers."""
+"""Row groups to Arrow arrays of few types: what a column may hold, and reading it."""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -11,54 +10,88 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from . import kernels
-from .files import DataFile
-from .order import RowGroup, Window
+from . import bag_kernels
+from .footers import DataFile, is_list, is_string
+from .order import RowGroup
 from .schema import DataError, Schema
 
-_KINDS = {
-    pa.int32(): kernels.INT32,
-    pa.int64(): kernels.INT64,
-    pa.float32(): kernels.FLOAT32,
-    pa.float64(): kernels.FLOAT64,
-}
+LABEL = pa.int8()
+HASHED = pa.string()  # stands for all types of text and bytes; handed out as int64
+_NUMBERS = (pa.int32(), pa.int64(), pa.float32(), pa.float64())
+_WEIGHTS = pa.large_list(pa.float32())
 _OPEN_FILES = 32
+_OFFSET_BYTES = _ID_BYTES = 8
 
 
 def storage(file: DataFile, schema: Schema) -> dict[str, pa.DataType]:
-    """The type in which each column of a file is handed to the kernels.
+    """The type in which each column of a file is handed on; HASHED, also in a list, for strings.
 
     Raises:
-        DataError: a column is missing or cannot be a label, a dense value or an id.
+        DataError: a column is missing or cannot be a label, a dense value, an id, a bag or weights.
     """
-    return {name: _storage(file, name, schema) for name in schema.columns}
+    dense, weights = set(schema.dense_names), set(schema.weight_names)
+    bags = {column.name for column in schema.categorical if column.bag}
+    types = {}
+    for name in schema.columns:
+        found = _found(file, name)
+        if name == schema.label:
+            usable, wanted = _is_number(found) or pa.types.is_boolean(found), "0 or 1"
+            stored = LABEL
+        elif name in dense:
+            usable, wanted = _is_number(found), "an integer or a float"
+            stored = found if found in _NUMBERS else pa.float64()
+        elif name in bags:
+            usable, wanted = is_list(found) and _is_id(found.value_type), "a list of integer or string ids"
+            stored = pa.large_list(_stored_id(found.value_type, widest=True)) if usable else found
+        elif name in weights:
+            usable, wanted = is_list(found) and _is_number(found.value_type), "a list of weights"
+            stored = _WEIGHTS
+        else:
+            usable, wanted = _is_id(found), "an integer id or a string (lists of ids go into data.bags)"
+            stored = _stored_id(found)
+        if not usable:
+            raise DataError(f"{file.path}: column {name!r} is {found}, expected {wanted}")
+        types[name] = stored
+    return types
 
 
-def _storage(file: DataFile, name: str, schema: Schema) -> pa.DataType:
+def _found(file: DataFile, name: str) -> pa.DataType:
     names = file.arrow_schema.names
     if name not in names:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise DataError(f"{file.path}: no column {name!r}; it has {shown}")
-    found = file.arrow_schema.field(name).type
-    whole, number = pa.types.is_integer(found), pa.types.is_integer(found) or pa.types.is_floating(found)
-    if name == schema.label:
-        stored, usable, wanted = pa.int8(), number or pa.types.is_boolean(found), "0 or 1"
-    elif name in schema.dense_names:
-        stored, usable, wanted = found if found in _KINDS else pa.float64(), number, "an integer or a float"
-    else:
-        stored, usable, wanted = found if found == pa.int32() else pa.int64(), whole, "an integer id"
-    if not usable:
-        raise DataError(f"{file.path}: column {name!r} is {found}, expected {wanted}")
-    return stored
+    return file.arrow_schema.field(name).type
 
 
-def _common_types(types: Sequence[dict[str, pa.DataType]]) -> dict[str, pa.DataType]:
+def _is_number(found: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(found) or pa.types.is_floating(found))
+
+
+def _is_id(found: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(found)) or is_string(found)
+
+
+def _stored_id(found: pa.DataType, widest: bool = False) -> pa.DataType:
+    if is_string(found):
+        return HASHED
+    return found if found == pa.int32() and not widest else pa.int64()
+
+
+def _common_types(files: Sequence[DataFile], types: Sequence[dict[str, pa.DataType]]) -> dict[str, pa.DataType]:
     """One type per column for all files: where they differ, the widest of its kind."""
-    found = {name: {each[name] for each in types} for name in types[0]}
-    return {
-        name: of.pop() if len(of) == 1 else pa.int64() if all(map(pa.types.is_integer, of)) else pa.float64()
-        for name, of in found.items()
-    }
+    common = dict(types[0])
+    for file, own in zip(files, types, strict=True):
+        for name, found in own.items():
+            if found == common[name]:
+                continue
+            if not (_is_number(found) and _is_number(common[name])):
+                raise DataError(
+                    f"{file.path}: column {name!r} holds {_found(file, name)}, that of {files[0].path} "
+                    f"{_found(files[0], name)}: give each kind of data a folder"
+                )
+            whole = pa.types.is_integer(found) and pa.types.is_integer(common[name])
+            common[name] = pa.int64() if whole else pa.float64()
+    return common
 
 
 class RowGroupReader:
@@ -67,27 +100,37 @@ class RowGroupReader:
     def __init__(self, files: Sequence[DataFile], schema: Schema) -> None:
         self.files = files
         self.schema = schema
-        self.types = _common_types([storage(file, schema) for file in files])
+        self.types = _common_types(files, [storage(file, schema) for file in files])
+        self._hashed = [name for name, found in self.types.items() if found == HASHED]
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
 
     def row_groups(self) -> list[RowGroup]:
         """All row groups, with the bytes that they take when decoded."""
-        width = sum(found.bit_width // 8 for found in self.types.values())
+        flat = [found for found in self.types.values() if not is_list(found)]
+        lists = {name: found.value_type for name, found in self.types.items() if is_list(found)}
+        width = sum(_ID_BYTES if found == HASHED else found.bit_width // 8 for found in flat)
+        width += len(lists) * _OFFSET_BYTES
         return [
-            RowGroup(number, group, rows, rows * width)
+            RowGroup(
+                number,
+                group,
+                rows,
+                rows * width + sum(file.cells[n][group] * (4 if of == pa.float32() else 8) for n, of in lists.items()),
+            )
             for number, file in enumerate(self.files)
             for group, rows in enumerate(file.rows)
         ]
 
     def read(self, group: RowGroup) -> list[pa.Array]:
-        """One array per column of the schema.
+        """One array per column of the schema; ids that are strings as int64.
 
         Raises:
             DataError: the file changed, is damaged, or holds a value that its column's role does not allow.
         """
-        file = self.files[group.file]
+        file, columns = self.files[group.file], self.schema.columns
+        stored = [name for name in columns if name not in file.partitions]
         try:
-            table = self._file(group.file).read_row_group(group.group, columns=self.schema.columns, use_threads=False)
+            table = self._file(group.file).read_row_group(group.group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             line = str(error).splitlines()[0].rstrip(".")
             raise DataError(
@@ -97,15 +140,23 @@ class RowGroupReader:
             raise DataError(
                 f"{file.path}: row group {group.group} has {table.num_rows} rows, its footer says {group.rows}"
             )
-        return [self._column(file, name, table.column(name), self.types[name]) for name in self.schema.columns]
+        return [
+            self._column(
+                file, name, _whole(table.column(name)) if name in stored else _constant(file, name, group.rows)
+            )
+            for name in columns
+        ]
 
-    def _column(self, file: DataFile, name: str, column: pa.ChunkedArray, wanted: pa.DataType) -> pa.Array:
-        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = pa.concat_arrays(array.chunks)
-        if array.type == wanted:
+    def _column(self, file: DataFile, name: str, array: pa.Array) -> pa.Array:
+        wanted = self.types[name]
+        strings = wanted == HASHED or (is_list(wanted) and wanted.value_type == HASHED)
+        if array.type == wanted and not strings:
             return array
         try:
+            if wanted == HASHED:
+                return _hashed(array)
+            if strings:
+                return _hashed_lists(array)
             return pc.cast(array, wanted)
         except pa.ArrowInvalid as error:
             expected = "labels must be 0 or 1" if name == self.schema.label else f"values must fit {wanted}"
@@ -114,8 +165,11 @@ class RowGroupReader:
     def _file(self, number: int) -> pq.ParquetFile:
         if number in self._open:
             self._open.move_to_end(number)
+            if self.files[number].is_local:  # one system call; remote files are listed again at the end
+                self.files[number].check()
         else:
-            self._open[number] = self.files[number].open()
+            file = self.files[number]
+            self._open[number] = file.open([name for name in self._hashed if name not in file.partitions])
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
         return self._open[number]
@@ -125,78 +179,37 @@ class RowGroupReader:
             self._open.popitem()[1].close()
 
 
-class DecodedWindow:
-    """A window's rows as arrays, in reading order, cut where this rank's batches end.
-
-    order: references of the rows to read; first: rows up to the first cut; share: rows between cuts after that.
-
-    Raises:
-        DataError: as `RowGroupReader.read`; a label that is not 0 or 1; a dense value that is NaN or infinite.
-    """
-
-    def __init__(
-        self, reader: RowGroupReader, window: Window, order: np.ndarray, first: int, share: int, missing_id: int
-    ) -> None:
-        self._schema, self._cuts, self._at = reader.schema, (first, share), 0
-        chunks = [reader.read(group) for group in window.groups]
-        kinds = np.array([_KINDS.get(reader.types[name], kernels.INT8) for name in self._schema.columns], np.int64)
-        data, valid, bit = _addresses(chunks)
-        d = slice(1, 1 + len(self._schema.dense))
-        f = slice(d.stop, None)
-        self._labels = _allocate((len(order),), np.float32)
-        self._dense = _allocate((len(order), len(self._schema.dense)), np.float32)
-        self._ids = _allocate((len(order) * len(self._schema.categorical),), np.int64)
-        bad = kernels.gather_labels(order, data[0], valid[0], bit[0], self._labels)
-        if bad >= 0:
-            raise _bad_value(reader, window, chunks, order[bad], 0, "labels must be 0 or 1")
-        log1p = self._schema.dense_transform == "log1p"
-        bad = kernels.gather_dense(order, kinds[d], data[d], valid[d], bit[d], log1p, kernels.LOG1P_TABLE, self._dense)
-        if bad >= 0:
-            row, column = divmod(bad, len(self._schema.dense))
-            raise _bad_value(reader, window, chunks, order[row], 1 + column, "write a null where a value is missing")
-        kernels.gather_ids(order, first, share, kinds[f], data[f], valid[f], bit[f], missing_id, self._ids)
-
-    @property
-    def exhausted(self) -> bool:
-        return self._at == len(self._labels)
-
-    def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Views of the rows up to the next cut: labels [N], dense [N, D], ids [F, N]."""
-        begin = self._at
-        self._at = min(len(self._labels), begin + (self._cuts[1] if begin else self._cuts[0]))
-        features = len(self._schema.categorical)
-        ids = self._ids[features * begin : features * self._at].reshape(features, self._at - begin)
-        return self._labels[begin : self._at], self._dense[begin : self._at], ids
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    joined = column.combine_chunks()
+    return pa.concat_arrays(joined.chunks) if isinstance(joined, pa.ChunkedArray) else joined
 
 
-def _addresses(chunks: Sequence[Sequence[pa.Array]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, validity bitmaps (0: no nulls) and offsets into these, uint64 [columns, chunks], of Arrow arrays."""
-    data, valid, bit = np.zeros((3, len(chunks[0]), len(chunks)), np.uint64)
-    for c, arrays in enumerate(chunks):
-        for k, array in enumerate(arrays):
-            bitmap, values = array.buffers()
-            data[k, c] = values.address + array.offset * (array.type.bit_width // 8)
-            if array.null_count:
-                valid[k, c], bit[k, c] = bitmap.address, array.offset
-    return data, valid, bit
+def _constant(file: DataFile, name: str, rows: int) -> pa.Array:
+    value, found = file.partitions[name], file.arrow_schema.field(name).type
+    return pa.nulls(rows, found) if value is None else pa.repeat(pa.scalar(value, found), rows)
 
 
-def _allocate(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
-    """From Arrow's pool, which keeps pages: a fresh large numpy array costs a page fault every 4 KiB."""
-    size = math.prod(shape)
-    return np.frombuffer(pa.allocate_buffer(size * np.dtype(dtype).itemsize), dtype, size).reshape(shape)
+def _hashed(array: pa.Array) -> pa.Array:
+    """int64 ids of strings, nulls where they are; strings of a dictionary are hashed once each."""
+    if pa.types.is_dictionary(array.type):
+        return _hashed(array.dictionary).take(array.indices)
+    wide = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
+    _, offsets, content = array.buffers()
+    ends = np.frombuffer(offsets, np.int64 if wide else np.int32)[array.offset : array.offset + len(array) + 1]
+    ids = np.empty(len(array), np.int64)
+    if content is not None:
+        bag_kernels.hash_strings(np.uint64(content.address), ends.astype(np.int64), ids)
+    else:
+        bag_kernels.hash_strings(np.uint64(0), np.zeros(len(array) + 1, np.int64), ids)
+    return pa.array(ids, mask=array.is_null().to_numpy(zero_copy_only=False) if array.null_count else None)
 
 
-def _bad_value(
-    reader: RowGroupReader,
-    window: Window,
-    chunks: Sequence[Sequence[pa.Array]],
-    reference: int,
-    column: int,
-    advice: str,
-) -> DataError:
-    chunk, row = int(reference) >> 32, int(reference) & 0xFFFFFFFF
-    group = window.groups[chunk]
-    file, value = reader.files[group.file], chunks[chunk][column][row].as_py()
-    place = sum(file.rows[: group.group]) + row
-    return DataError(f"{file.path}: column {reader.schema.columns[column]!r}, row {place}: found {value}; {advice}")
+def _hashed_lists(array: pa.Array) -> pa.Array:
+    """Large lists of int64 ids of lists of strings."""
+    if pa.types.is_fixed_size_list(array.type):
+        array = pc.cast(array, pa.large_list(array.type.value_type))
+    offsets = pc.cast(array.offsets, pa.int64())
+    missing = array.is_null() if array.null_count else None
+    return pa.LargeListArray.from_arrays(offsets, _hashed(array.values), mask=missing)

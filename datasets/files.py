@@ -1,122 +1,24 @@
-"""Parquet files: finding them, reading their footers, and what their metadata says."""
+"""What the files of a data set hold: their own metadata, the columns that the settings name, and both together."""
 
 from __future__ import annotations
 
 import base64
+import fnmatch
 import json
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from glob import has_magic
 from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
+from .footers import DataFile, is_list, is_string, read_footers
 from .schema import METADATA_KEY, SKETCH_KEY, CategoricalColumn, DataConfig, DataError, DenseColumn, Schema
 from .sketch import DistinctSketch
 
-_FOOTER_THREADS = 8
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One Parquet file. name: its path below the data set's, for messages and the order; rows: per row group."""
-
-    name: str
-    path: str
-    fs: Any
-    fingerprint: tuple[Any, ...]
-    rows: tuple[int, ...]
-    arrow_schema: pa.Schema
-    metadata: dict[bytes, bytes]
-
-    def open(self) -> pq.ParquetFile:
-        """Raises DataError when the file has vanished or changed since its footer was first read."""
-        if _fingerprint(self.fs, self.path) != self.fingerprint:
-            raise DataError(f"{self.path}: the file vanished or changed while it was being read; start again")
-        return _open(self.fs, self.path)
-
-
-def _is_local(fs: Any) -> bool:
-    return isinstance(fs, fsspec.implementations.local.LocalFileSystem)
-
-
-def _fingerprint(fs: Any, path: str) -> tuple[Any, ...] | None:
-    try:
-        if _is_local(fs):
-            stat = os.stat(path)
-            return (stat.st_size, stat.st_mtime_ns)
-        info = fs.info(path)
-        return (info["size"], info.get("ETag"))
-    except FileNotFoundError:
-        return None
-
-
-def _open(fs: Any, path: str) -> pq.ParquetFile:
-    if _is_local(fs):
-        return pq.ParquetFile(path, pre_buffer=False)
-    return pq.ParquetFile(fs.open(path, "rb"), pre_buffer=True)
-
-
-def list_files(path: str, suffix: str = ".parquet") -> tuple[Any, list[str]]:
-    """The filesystem and the sorted full paths of a file, or of all files `*suffix` below a folder.
-
-    Names that begin with `_` or `.` are skipped, folders too.
-
-    Raises:
-        DataError: nothing there, or no such file in the folder.
-    """
-    if not path:
-        raise DataError("no path given: name a Parquet file, a folder of them or a URL")
-    try:
-        fs, root = fsspec.core.url_to_fs(path)
-        if fs.isfile(root):
-            return fs, [root]
-        if not fs.isdir(root):
-            raise DataError(f"{path}: no such file or folder")
-        found = sorted(fs.find(root))
-    except (ImportError, ValueError, OSError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: cannot be listed: {_line(error)}") from error
-    visible = [f for f in found if f.endswith(suffix) and not _hidden(os.path.relpath(f, root))]
-    if not visible:
-        raise DataError(f"{path}: no *{suffix} files in this folder (raw logs go through `embershard convert` first)")
-    return fs, visible
-
-
-def _hidden(relative: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in relative.split("/"))
-
-
-def read_footers(path: str) -> list[DataFile]:
-    """The files of a data set, in the order of their paths.
-
-    Raises:
-        DataError: nothing there, or a file that is not Parquet or cut short.
-    """
-    fs, paths = list_files(path)
-    root = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-    with ThreadPoolExecutor(min(_FOOTER_THREADS, len(paths))) as pool:
-        return list(pool.map(lambda p: _read_footer(fs, p, os.path.relpath(p, root)), paths))
-
-
-def _read_footer(fs: Any, path: str, name: str) -> DataFile:
-    fingerprint = _fingerprint(fs, path)
-    try:
-        with _open(fs, path) as file:
-            footer = file.metadata
-            rows = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-            return DataFile(name, path, fs, fingerprint or (), rows, file.schema_arrow, footer.metadata or {})
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file, or cut short: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+_STATISTICS_GROUPS = 1024
 
 
 def load_schema(path: str, config: DataConfig | None = None) -> Schema:
@@ -132,12 +34,15 @@ def schema_of(path: str, files: Sequence[DataFile], config: DataConfig | None = 
     """As `load_schema`, for footers that have been read."""
     config = config or DataConfig()
     schemas = [_embedded(file) for file in files]
-    first = schemas[0]
-    if first is None or any(schema is None for schema in schemas):
+    if any(schema is None for schema in schemas):
         bare = files[schemas.index(None)]
-        return _foreign(path, bare, files, config)
-    merged = _merge(files, [schema for schema in schemas if schema is not None])
-    return _select(merged, files[0], config)
+        stated = _foreign(path, bare, files, config)
+    else:
+        stated = _merge(files, [schema for schema in schemas if schema is not None])
+    schema = _select(stated, files[0], config)
+    if schema.dense_transform == "standardise" and any(c.mean is None or c.deviation is None for c in schema.dense):
+        schema = schema.model_copy(update={"dense": _with_moments(files, schema.dense)})
+    return schema
 
 
 def _embedded(file: DataFile) -> Schema | None:
@@ -152,18 +57,18 @@ def _embedded(file: DataFile) -> Schema | None:
 
 
 def _foreign(path: str, bare: DataFile, files: Sequence[DataFile], config: DataConfig) -> Schema:
-    if config.label is None or config.dense is None or config.categorical is None:
+    if config.label is None or config.dense is None or (config.categorical is None and config.bags is None):
         raise DataError(
             f"{bare.path}: no embershard metadata, so name its columns: give data.label=..., data.dense=[...] and "
-            f"data.categorical=[...] (`embershard inspect {path}` proposes them)"
+            f"data.categorical=[...] or data.bags=[...] (`embershard inspect {path}` proposes them)"
         )
-    names = [*config.dense]
+    names = _match(config.dense, "data.dense", bare, {config.label}, _is_number)
     types = [file.arrow_schema.field(n).type for file in files for n in names if n in file.arrow_schema.names]
     return Schema(
         source="parquet",
         label=config.label,
-        dense=[DenseColumn(name=name) for name in config.dense],
-        categorical=[CategoricalColumn(name=name) for name in config.categorical],
+        dense=[],
+        categorical=[],
         # A count is heavy-tailed; a float has usually been scaled by its owner.
         dense_transform="log1p" if all(pa.types.is_integer(t) for t in types) else "none",
         rows=sum(sum(file.rows) for file in files),
@@ -172,16 +77,112 @@ def _foreign(path: str, bare: DataFile, files: Sequence[DataFile], config: DataC
 
 def _select(schema: Schema, file: DataFile, config: DataConfig) -> Schema:
     """The schema with the columns that the settings name, in their order."""
+    label = config.label or schema.label
+    plain = [column.name for column in schema.categorical if not column.bag]
+    bags = [column.name for column in schema.categorical if column.bag]
+    named = {label, *(n for given in (config.dense, config.categorical, config.bags) for n in given or ())}
+    chosen = {
+        "dense": _match(config.dense, "data.dense", file, named, _is_number, schema.dense_names),
+        "categorical": _match(config.categorical, "data.categorical", file, named, _is_plain, plain),
+        "bags": _match(config.bags, "data.bags", file, named, is_list, bags),
+    }
+    _check_roles(label, chosen)
+    if unknown := sorted(set(config.bag_weights) - set(chosen["bags"])):
+        raise DataError(
+            f"data.bag_weights: {unknown[0]!r} is not one of data.bags: {', '.join(chosen['bags']) or 'none'}"
+        )
     dense = {column.name: column for column in schema.dense}
     categorical = {column.name: column for column in schema.categorical}
-    changes: dict[str, Any] = {}
-    if config.label is not None and config.label != schema.label:
-        changes |= {"label": config.label, "positives": None, "best_auc": None}
-    if config.dense is not None:
-        changes["dense"] = [dense.get(name, DenseColumn(name=name)) for name in config.dense]
-    if config.categorical is not None:
-        changes["categorical"] = [categorical.get(name, CategoricalColumn(name=name)) for name in config.categorical]
+    columns = [categorical.get(name, CategoricalColumn(name=name)) for name in chosen["categorical"]]
+    for name in chosen["bags"]:
+        found = categorical.get(name, CategoricalColumn(name=name))
+        weights = config.bag_weights.get(name, found.weights)
+        columns.append(found.model_copy(update={"bag": True, "weights": weights}))
+    changes: dict[str, Any] = {
+        "dense": [dense.get(name, DenseColumn(name=name)) for name in chosen["dense"]],
+        "categorical": columns,
+        "dense_transform": config.dense_transform or schema.dense_transform,
+    }
+    if label != schema.label:
+        changes |= {"label": label, "positives": None, "best_auc": None}
     return schema.model_copy(update=changes)
+
+
+def _is_number(found: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(found) or pa.types.is_floating(found))
+
+
+def _is_plain(found: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(found) or is_string(found))
+
+
+def _match(
+    given: Sequence[str] | None,
+    setting: str,
+    file: DataFile,
+    named: set[str],
+    fits: Callable[[pa.DataType], bool],
+    otherwise: Sequence[str] = (),
+) -> list[str]:
+    """Names as they are; patterns as the columns of a fitting type that no setting names, in the file's order."""
+    if given is None:
+        return list(otherwise)
+    chosen: list[str] = []
+    for name in given:
+        if not has_magic(name) or name in file.arrow_schema.names:
+            chosen.append(name)
+            continue
+        found = [f.name for f in file.arrow_schema if fnmatch.fnmatchcase(f.name, name) and f.name not in named]
+        found = [n for n in found if fits(file.arrow_schema.field(n).type)]
+        if not found:
+            has = ", ".join(file.arrow_schema.names[:8])
+            raise DataError(f"{setting}: no column of {file.path} that fits matches {name!r}; it has {has}")
+        chosen += [n for n in found if n not in chosen]
+    return chosen
+
+
+def _check_roles(label: str, chosen: dict[str, list[str]]) -> None:
+    roles = {label: "data.label"}
+    for role, names in chosen.items():
+        for name in names:
+            if name in roles:
+                raise DataError(f"data.{role}: column {name!r} is named twice, also in {roles[name]}")
+            roles[name] = f"data.{role}"
+
+
+def _with_moments(files: Sequence[DataFile], columns: Sequence[DenseColumn]) -> list[DenseColumn]:
+    """The columns with mean and deviation, from one pass over at most 1,024 row groups spread over the data set."""
+    groups = [(file, group) for file in files for group in range(len(file.rows))]
+    step = -(-len(groups) // _STATISTICS_GROUPS)
+    moments = {column.name: (0, 0.0, 0.0) for column in columns}
+    for file, group in groups[::step]:
+        stored = [name for name in moments if name in file.arrow_schema.names and name not in file.partitions]
+        with file.open() as parquet:
+            table = parquet.read_row_group(group, columns=stored)
+        for name in stored:
+            values = table.column(name).cast(pa.float64())
+            present = len(values) - values.null_count
+            if present:
+                one = (present, pc.mean(values).as_py(), pc.variance(values).as_py() * present)
+                if not math.isfinite(one[2]):
+                    raise DataError(
+                        f"{file.path}: column {name!r}: found nan or inf; write a null where a value is missing"
+                    )
+                moments[name] = join_moments(moments[name], one)
+    return [
+        column.model_copy(update={"mean": mean, "deviation": math.sqrt(squares / max(1, count))})
+        for column in columns
+        for count, mean, squares in [moments[column.name]]
+    ]
+
+
+def join_moments(a: tuple[int, float, float], b: tuple[int, float, float]) -> tuple[int, float, float]:
+    """(count, mean, sum of squared differences from the mean) of two samples together (Chan et al. 1979)."""
+    count = a[0] + b[0]
+    if not count:
+        return a
+    delta = b[1] - a[1]
+    return count, a[1] + delta * b[0] / count, a[2] + b[2] + delta * delta * a[0] * b[0] / count
 
 
 def _merge(files: Sequence[DataFile], schemas: Sequence[Schema]) -> Schema:
@@ -196,10 +197,7 @@ def _merge(files: Sequence[DataFile], schemas: Sequence[Schema]) -> Schema:
     positives = [schema.positives for schema in schemas]
     sketch = merged_sketch(files)
     distinct = sketch.estimates() if sketch is not None else {}
-    dense = [
-        DenseColumn(name=column.name, missing=_share([s.dense[i].missing for s in schemas], schemas))
-        for i, column in enumerate(first.dense)
-    ]
+    dense = [_merge_dense([s.dense[i] for s in schemas], schemas) for i in range(len(first.dense))]
     cardinalities = [_common([s.categorical[i].cardinality for s in schemas]) for i in range(len(first.categorical))]
     categorical = [
         CategoricalColumn(
@@ -207,6 +205,8 @@ def _merge(files: Sequence[DataFile], schemas: Sequence[Schema]) -> Schema:
             distinct=min(rows, distinct[column.name], cardinalities[i] or rows) if column.name in distinct else None,
             cardinality=cardinalities[i],
             missing=_share([s.categorical[i].missing for s in schemas], schemas),
+            bag=column.bag,
+            weights=column.weights,
         )
         for i, column in enumerate(first.categorical)
     ]
@@ -219,6 +219,18 @@ def _merge(files: Sequence[DataFile], schemas: Sequence[Schema]) -> Schema:
             "best_auc": first.best_auc if len({s.best_auc for s in schemas}) == 1 else None,
         }
     )
+
+
+def _merge_dense(columns: Sequence[DenseColumn], schemas: Sequence[Schema]) -> DenseColumn:
+    missing = _share([column.missing for column in columns], schemas)
+    moments = (0, 0.0, 0.0)
+    for column, schema in zip(columns, schemas, strict=True):
+        if column.mean is None or column.deviation is None or column.missing is None:
+            return DenseColumn(name=columns[0].name, missing=missing)
+        count = round(schema.rows * (1.0 - column.missing))
+        moments = join_moments(moments, (count, column.mean, column.deviation**2 * count))
+    deviation = math.sqrt(moments[2] / max(1, moments[0]))
+    return DenseColumn(name=columns[0].name, missing=missing, mean=moments[1], deviation=deviation)
 
 
 def _share(shares: Sequence[float | None], schemas: Sequence[Schema]) -> float | None:

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .batch import MISSING_ID
-from .decode import DecodedWindow, RowGroupReader
-from .files import DataFile, read_footers, schema_of
+from .decode import RowGroupReader
+from .files import schema_of
+from .footers import DataFile, read_footers
 from .order import Window, row_order
 from .schema import METADATA_KEY, DataConfig, DataError, Schema
+from .window import DecodedWindow
 
 _EXAMPLES = 3
 _LABELS = ("label", "click", "clicked", "is_click", "target", "y")
@@ -133,7 +135,7 @@ def _verify(files: Sequence[DataFile], schema: Schema) -> list[str]:
         window = Window(0, (group,))
         try:
             order = row_order(0, 0, window, shuffled=False)
-            labels, _, _ = DecodedWindow(reader, window, order, group.rows, group.rows, MISSING_ID).take()
+            labels = DecodedWindow(reader, window, order, group.rows, group.rows, MISSING_ID).take().labels
             positives += int(labels.sum(dtype=np.float64))
         except DataError as error:
             problems.append(str(error))

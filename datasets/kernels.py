@@ -1,7 +1,9 @@
 """Mixing, shuffling, gathering from Arrow buffers, counting distinct ids: free functions over arrays.
 
-A window's rows are named by *references*: int64, chunk << 32 | row within the chunk (a chunk is one decoded row group).
-Arrow buffers come as addresses, so that one call serves every column and chunk of a batch; the caller keeps them alive.
+A window's rows are numbered through its chunks (a chunk is one decoded row group). Arrow buffers come as addresses, so
+that one call serves every column and chunk of a window; the caller keeps them alive. A column is first *staged*: its
+chunks in one array, nulls filled, values transformed, in the order of the file; then rows are taken from it in the
+order of the epoch: what is sequential is cheap, and what is random touches one array that fits the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ Array = np.ndarray[Any, Any]
 # Storage types that the gather kernels read; everything else is cast before.
 INT8, INT32, INT64, FLOAT32, FLOAT64 = range(5)
 LOG1P_TABLE = np.log1p(np.arange(4096, dtype=np.float64)).astype(np.float32)
-_ROW = np.uint64(0xFFFFFFFF)
+LOG1P, AFFINE = range(2)
+_BLOCK = 512  # rows staged at a time, so that rows of dense values stay in the first-level cache
 
 
 @intrinsic
@@ -29,7 +32,9 @@ def _load(typing_context: Any, address: Any, place: Any, kind: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], context.get_value_type(kind.dtype).as_pointer())
-        return builder.load(builder.gep(pointer, [arguments[1]]))
+        loaded = builder.load(builder.gep(pointer, [arguments[1]]))
+        loaded.align = 1  # Arrow aligns buffers, not the words of a string
+        return loaded
 
     return kind.dtype(types.uint64, types.uint64, kind), generate
 
@@ -53,134 +58,186 @@ def shuffle(items: Array, key: np.uint64) -> None:
 
 
 @jit
-def references(rows: Array) -> Array:
-    """int64 [sum(rows)]: the references of all rows of chunks with `rows` int64 [C], in order."""
-    out = np.empty(rows.sum(), np.int64)
-    at = 0
-    for chunk in range(len(rows)):
-        for row in range(rows[chunk]):
-            out[at] = (chunk << 32) | row
-            at += 1
-    return out
-
-
-@jit
 def _is_valid(bitmap: np.uint64, bit: np.uint64) -> Any:
     """Bit `bit` of the Arrow validity bitmap at an address; address 0 means that nothing is null."""
-    return bitmap == 0 or (_load(bitmap, bit >> np.uint64(3), numba.uint8) >> (bit & np.uint64(7))) & 1 == 1
+    return bitmap == 0 or _bit(bitmap, bit)
 
 
 @jit
-def _chunk_row(reference: np.int64) -> Any:
-    """Unsigned, so that indexing needs no check for negative numbers."""
-    return np.uint64(reference) >> np.uint64(32), np.uint64(reference) & _ROW
+def _bit(bitmap: np.uint64, bit: np.uint64) -> Any:
+    byte = np.uint32(_load(bitmap, bit >> np.uint64(3), numba.uint8))
+    return (byte >> np.uint32(bit & np.uint64(7))) & np.uint32(1) != np.uint32(0)
 
 
 @jit
-def gather_labels(rows: Array, data: Array, valid: Array, bit: Array, out: Array) -> int:
-    """out float32 [N] = the labels of the references `rows` int64 [N]; int8 storage at uint64 [C] addresses.
+def stage_ids(kind: int, rows: Array, data: Array, valid: Array, bit: Array, missing: int, out: Array) -> int:
+    """out int64 [N] = one column of chunks of `rows` int64 [C], nulls as `missing`.
 
-    valid uint64 [C]: addresses of the bitmaps, 0 where nothing is null; bit uint64 [C]: offsets into them. Returns -1,
-    or the place in `rows` of the first label that is not 0 or 1.
+    kind: INT32 or INT64; data uint64 [C]: addresses of the values; valid uint64 [C]: of the bitmaps, 0 where nothing is
+    null; bit uint64 [C]: offsets into them. Returns -1, or the first row whose id is negative and not `missing`.
     """
-    for i in range(len(rows)):
-        chunk, row = _chunk_row(rows[i])
-        label = _load(data[chunk], row, numba.int8)
-        if (label != 0 and label != 1) or not _is_valid(valid[chunk], bit[chunk] + row):
-            return i
-        out[i] = label
+    at = 0
+    for chunk in range(len(rows)):
+        part = out[at : at + rows[chunk]]
+        address, bitmap, shift, lowest = data[chunk], valid[chunk], bit[chunk], np.int64(0)
+        if kind == INT32:
+            for i in range(len(part)):
+                part[i] = _load(address, np.uint64(i), numba.int32)
+        else:
+            for i in range(len(part)):
+                part[i] = _load(address, np.uint64(i), numba.int64)
+        if bitmap != 0:
+            for i in range(len(part)):
+                part[i] = part[i] if _bit(bitmap, shift + np.uint64(i)) else missing
+        for i in range(len(part)):
+            lowest = min(lowest, part[i])
+        if lowest < 0:
+            for i in range(len(part)):
+                if part[i] < 0 and part[i] != missing:
+                    return at + i
+        at += rows[chunk]
     return -1
 
 
 @jit
-def _gather(rows: Array, kind: int, data: Array, out: Array) -> None:
-    """One column, uint64 [C] addresses, into out [N] of any type."""
-    if kind == INT64:
-        for i in range(len(rows)):
-            chunk, row = _chunk_row(rows[i])
-            out[i] = _load(data[chunk], row, numba.int64)
-    elif kind == INT32:
-        for i in range(len(rows)):
-            chunk, row = _chunk_row(rows[i])
-            out[i] = _load(data[chunk], row, numba.int32)
-    elif kind == FLOAT32:
-        for i in range(len(rows)):
-            chunk, row = _chunk_row(rows[i])
-            out[i] = _load(data[chunk], row, numba.float32)
-    else:
-        for i in range(len(rows)):
-            chunk, row = _chunk_row(rows[i])
-            out[i] = _load(data[chunk], row, numba.float64)
-
-
-@jit
-def _fill_nulls(rows: Array, valid: Array, bit: Array, value: Any, out: Array) -> None:
-    if valid.any():
-        for i in range(len(rows)):
-            chunk, row = _chunk_row(rows[i])
-            out[i] = out[i] if _is_valid(valid[chunk], bit[chunk] + row) else value
-
-
-@jit
 def gather_ids(
-    rows: Array, first: int, share: int, kinds: Array, data: Array, valid: Array, bit: Array, missing: int, out: Array
-) -> None:
-    """The ids of F features of the references `rows` int64 [N], nulls as `missing`, cut into batches.
+    order: Array,
+    rows: Array,
+    first: int,
+    share: int,
+    kinds: Array,
+    data: Array,
+    valid: Array,
+    bit: Array,
+    missing: int,
+    out: Array,
+) -> int:
+    """The ids of F features of the rows `order` int32 [N], cut into batches.
 
     Batches end after `first` rows and then every `share` rows; batch by batch, out int64 [F * N] holds [F, rows of the
-    batch]. A column is read for the whole window before the next, so that it stays in the cache.
-
-    kinds int64 [F]: INT32 or INT64; data, valid, bit uint64 [F, C] as in `gather_labels`.
+    batch]. kinds int64 [F]; data, valid, bit uint64 [F, C] as in `stage_ids`. Returns -1, or row * F + feature of a
+    negative id.
     """
-    features = len(kinds)
+    features, staged = len(kinds), np.empty(rows.sum(), np.int64)
     for f in range(features):
-        begin, end = 0, min(first, len(rows))
-        while begin < len(rows):
+        bad = stage_ids(kinds[f], rows, data[f], valid[f], bit[f], missing, staged)
+        if bad >= 0:
+            return bad * features + f
+        begin, end = 0, min(first, len(order))
+        while begin < len(order):
             at = features * begin + f * (end - begin)
-            part = out[at : at + end - begin]
-            _gather(rows[begin:end], kinds[f], data[f], part)
-            _fill_nulls(rows[begin:end], valid[f], bit[f], missing, part)
-            begin, end = end, min(end + share, len(rows))
+            part, taken = out[at : at + end - begin], order[begin:end]
+            for i in range(len(taken)):
+                part[i] = staged[np.uint64(taken[i])]
+            begin, end = end, min(end + share, len(order))
+    return -1
+
+
+@jit
+def gather_labels(order: Array, rows: Array, data: Array, valid: Array, bit: Array, out: Array) -> int:
+    """out float32 [N] = the labels of the rows `order` int32 [N]; int8 storage, arguments as in `stage_ids`.
+
+    Returns -1, or the first row whose label is not 0 or 1.
+    """
+    at, staged = 0, np.empty(rows.sum(), np.int8)
+    for chunk in range(len(rows)):
+        for i in range(rows[chunk]):
+            label = _load(data[chunk], np.uint64(i), numba.int8)
+            if (label != 0 and label != 1) or not _is_valid(valid[chunk], bit[chunk] + np.uint64(i)):
+                return at + i
+            staged[at + i] = label
+        at += rows[chunk]
+    for i in range(len(order)):
+        out[i] = staged[np.uint64(order[i])]
+    return -1
 
 
 @jit
 def _log1p(value: np.float64, table: Array) -> Any:
     clipped = max(value, 0.0)
-    whole = np.uint64(clipped)
-    return table[whole] if whole < len(table) and whole == clipped else np.float32(np.log1p(clipped))
+    if clipped < len(table):
+        whole = np.uint32(np.int32(clipped))
+        if whole == clipped:
+            return table[whole]
+    return np.float32(np.log1p(clipped))
+
+
+@jit
+def _stage_numbers(
+    kind: int, begin: int, address: np.uint64, bitmap: np.uint64, shift: np.uint64, null: float, out: Array
+) -> int:
+    """out float64 [B] = values begin, begin + 1, ... of one chunk, nulls as `null`. -1, or the first not finite."""
+    first = np.uint64(begin)
+    if kind == INT32:
+        for i in range(len(out)):
+            out[i] = _load(address, first + np.uint64(i), numba.int32)
+    elif kind == INT64:
+        for i in range(len(out)):
+            out[i] = _load(address, first + np.uint64(i), numba.int64)
+    elif kind == FLOAT32:
+        for i in range(len(out)):
+            out[i] = _load(address, first + np.uint64(i), numba.float32)
+    else:
+        for i in range(len(out)):
+            out[i] = _load(address, first + np.uint64(i), numba.float64)
+    if bitmap != 0:
+        for i in range(len(out)):
+            out[i] = out[i] if _bit(bitmap, shift + first + np.uint64(i)) else null
+    if kind >= FLOAT32:
+        for i in range(len(out)):
+            if not np.isfinite(out[i]):
+                return i
+    return -1
+
+
+@jit
+def _transform(numbers: Array, transform: int, table: Array, mean: float, scale: float, out: Array) -> None:
+    """out [B] (strided) float32 of numbers float64 [B]."""
+    if transform == LOG1P:
+        for i in range(len(out)):
+            out[i] = _log1p(numbers[i], table)
+    else:
+        for i in range(len(out)):
+            out[i] = (numbers[i] - mean) * scale
 
 
 @jit
 def gather_dense(
+    order: Array,
     rows: Array,
     kinds: Array,
     data: Array,
     valid: Array,
     bit: Array,
-    log1p: bool,
+    transform: int,
     table: Array,
+    mean: Array,
+    scale: Array,
     out: Array,
 ) -> int:
-    """out float32 [N, D] = dense values of the references `rows` int64 [N], nulls as 0.
+    """out float32 [N, D] = dense values of the rows `order` int32 [N], nulls as 0.
 
-    kinds int64 [D]; data, valid, bit uint64 [D, C] as in `gather_labels`; log1p: ln(max(x, 0) + 1) instead of x,
-    through `table` (LOG1P_TABLE) for small integers. Returns -1, or place * D + column of a value that is NaN or
-    infinite.
+    kinds int64 [D]; data, valid, bit uint64 [D, C] as in `stage_ids`. transform LOG1P: ln(max(x, 0) + 1), through
+    `table` (LOG1P_TABLE) for small integers; AFFINE: (x - mean) * scale, float64 [D] each. Returns -1, or row * D +
+    column of a value that is NaN or infinite.
     """
-    width, bad = len(kinds), -1
-    column, columns = np.empty(len(rows), np.float64), np.empty((width, len(rows)), np.float32)
-    for k in range(width):
-        _gather(rows, kinds[k], data[k], column)
-        _fill_nulls(rows, valid[k], bit[k], 0.0, column)
-        for i in range(len(rows)):
-            value = column[i]
-            if not np.isfinite(value):
-                bad, value = i * width + k, 0.0
-            columns[k, i] = _log1p(value, table) if log1p else value
-    for i in range(len(rows)):
+    width, at = len(kinds), 0
+    staged, numbers = np.empty((rows.sum(), width), np.float32), np.empty(_BLOCK)
+    for chunk in range(len(rows)):
+        for begin in range(0, rows[chunk], _BLOCK):
+            end = min(begin + _BLOCK, rows[chunk])
+            block = numbers[: end - begin]
+            for k in range(width):
+                bad = _stage_numbers(kinds[k], begin, data[k, chunk], valid[k, chunk], bit[k, chunk], mean[k], block)
+                if bad >= 0:
+                    return (at + begin + bad) * width + k
+                _transform(block, transform, table, mean[k], scale[k], staged[at + begin : at + end, k])
+        at += rows[chunk]
+    for i in range(len(order)):
+        row = np.uint64(order[i])
         for k in range(width):
-            out[i, k] = columns[k, i]
-    return bad
+            out[i, k] = staged[row, k]
+    return -1
 
 
 @jit
@@ -202,12 +259,14 @@ def count_distinct(ids: Array, present: Array, precision: int, registers: Array)
 
 def warm_up() -> None:
     """Compiles the kernels of the reader, or loads them from the cache, so that no batch waits for the compiler."""
-    rows = references(np.ones(1, np.int64))
-    shuffle(rows, np.uint64(mix(np.uint64(0), np.uint64(0))))
+    order, rows = np.arange(1, dtype=np.int32), np.ones(1, np.int64)
+    shuffle(order, np.uint64(mix(np.uint64(0), np.uint64(0))))
+    shuffle(rows, np.uint64(0))
     value = np.zeros(1, np.int64)
     address, none = np.full((1, 1), value.ctypes.data, np.uint64), np.zeros((1, 1), np.uint64)
-    kinds = np.full(1, INT64)
-    gather_labels(rows, address[0], none[0], none[0], np.empty(1, np.float32))
-    gather_dense(rows, kinds, address, none, none, True, LOG1P_TABLE, np.empty((1, 1), np.float32))
-    gather_ids(rows, 1, 1, kinds, address, none, none, -1, np.empty(1, np.int64))
+    kinds, zero = np.full(1, INT64), np.zeros(1)
+    gather_labels(order, rows, address[0], none[0], none[0], np.empty(1, np.float32))
+    dense = np.empty((1, 1), np.float32)
+    gather_dense(order, rows, kinds, address, none, none, LOG1P, LOG1P_TABLE, zero, zero, dense)
+    gather_ids(order, rows, 1, 1, kinds, address, none, none, -1, np.empty(1, np.int64))
     count_distinct(value.reshape(1, 1), np.ones((1, 1), np.bool_), 1, np.zeros((1, 2), np.uint8))

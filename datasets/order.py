@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .kernels import mix, references, shuffle
+from .kernels import mix, shuffle
 
 # A data set is cut into at least this many windows where its row groups allow it, so that ranks end an epoch together.
 MIN_WINDOWS = 64
@@ -76,8 +76,8 @@ def windows(
 
 
 def row_order(seed: int, epoch: int, window: Window, *, shuffled: bool = True) -> np.ndarray:
-    """int64 [rows]: references (kernels.py) of the window's rows in the order in which they are read."""
-    rows = references(np.array([group.rows for group in window.groups], np.int64))
+    """int32 [rows]: the window's rows, numbered through its groups, in the order in which they are read."""
+    rows = np.arange(window.rows, dtype=np.int32)
     if shuffled:
         shuffle(rows, _key(seed, epoch, window.index + 1))
     return rows

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from .batch import MISSING_ID, Batch, Ids
-from .decode import DecodedWindow, RowGroupReader
-from .files import read_footers, schema_of
-from .order import Cursor, CursorError, EpochPlan, Window, plan_digest, row_order, windows
+from .decode import RowGroupReader
+from .files import schema_of
+from .footers import check_unchanged, read_footers
+from .order import Cursor, CursorError, EpochPlan, Window, plan_digest, windows
+from .readahead import Order, ReadAhead
+from .remote import RETRIES
 from .schema import DataError, Schema
+from .window import DecodedWindow, Piece
 
 WINDOW_BYTES = 32 << 20
 READ_AHEAD_BYTES = 128 << 20
@@ -22,8 +24,8 @@ READ_AHEAD_BYTES = 128 << 20
 class ParquetStream:
     """The rows of a Parquet data set, this rank's share of each step of `batch_size` rows over all ranks.
 
-    path: a file, a folder (all *.parquet below it) or an fsspec URL. The order of an epoch depends on (seed, epoch,
-    files, window_bytes) alone; all ranks take the same number of steps. Decoding and shuffling happen on another
+    path: a file, a folder (all *.parquet below it), a pattern or an fsspec URL. The order of an epoch depends on (seed,
+    epoch, files, window_bytes) alone; all ranks take the same number of steps. Decoding and shuffling happen on another
     thread, outside the GIL; a batch's arrays are views of its window. For one consuming thread; one epoch at a time.
 
     window_bytes: decoded bytes shuffled together, at most; read_ahead_bytes: decoded bytes held, at most, except that
@@ -53,9 +55,10 @@ class ParquetStream:
             raise DataError(
                 f"data.batch_size: {batch_size} rows cannot be divided over {workers} workers; use {workers} or more"
             )
+        retries_before = RETRIES.count
         files = read_footers(path)
         self.schema = schema if schema is not None else schema_of(path, files)
-        self.batch_size, self.rank, self.workers = batch_size, rank, workers
+        self.path, self.batch_size, self.rank, self.workers = path, batch_size, rank, workers
         self.stall_seconds = 0.0
         self.seed, self.shuffle = seed, shuffle
         self.window_bytes, self.read_ahead_bytes, self.missing_id = window_bytes, read_ahead_bytes, missing_id
@@ -68,24 +71,39 @@ class ParquetStream:
         self._features = tuple(self.schema.categorical_names)
         self._epoch: EpochPlan | None = None
         self._taken = 0
-        self._windows: _ReadAhead | None = None
+        self._ahead: ReadAhead | None = None
+        self._ready: int | None = None  # the epoch that is being read ahead, the one before read to its end
+        self._retries_before = retries_before
+
+    @property
+    def retries(self) -> int:
+        """Requests to an object store that this process repeated since the stream was opened."""
+        return RETRIES.count - self._retries_before
 
     def steps(self, epoch: int, cursor: Cursor | None = None) -> int:
         """Steps of an epoch, or of what `cursor` leaves of it; the same on every rank."""
         return self._plan(epoch, cursor)[1].steps
 
-    def batches(self, epoch: int, cursor: Cursor | None = None) -> Iterator[Batch]:
+    def batches(self, epoch: int, cursor: Cursor | None = None, *, then: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch, or of what `cursor` (merged over ranks) leaves of it. Reading ahead begins at once.
+
+        then: the epoch that will be asked for next, from its beginning: it is read ahead while this one ends.
 
         Raises:
             CursorError: the cursor is of another epoch, other files, or another seed, shuffle or window_bytes.
-            DataError: (while iterating) damaged or unsuitable data.
+            DataError: (while iterating) damaged or unsuitable data, or a file that appeared, changed or vanished.
         """
-        self.close()
         cut, plan = self._plan(epoch, cursor)
-        self._epoch, self._taken = plan, 0
-        self._windows = _ReadAhead(self, epoch, cut, plan)
-        return self._consume(self._windows, plan)
+        if self._ahead is None or self._ready != epoch or cursor is not None:
+            self.close()
+            order = Order(self.seed, self.shuffle, plan.share(self.rank), self.missing_id)
+            self._ahead = ReadAhead(self.reader, order, self.read_ahead_bytes)
+            self._ahead.add(epoch, [(cut[window], taken) for window, taken in plan.queue(self.rank)])
+        self._epoch, self._taken, self._ready = plan, 0, None
+        if then is not None:
+            cut, following = self._plan(then, None)
+            self._ahead.add(then, [(cut[window], taken) for window, taken in following.queue(self.rank)])
+        return self._consume(self._ahead, plan, then)
 
     def cursor(self) -> Cursor:
         """This rank's position after the last batch that was handed out (not those read ahead).
@@ -99,9 +117,9 @@ class ParquetStream:
 
     def close(self) -> None:
         """Ends reading ahead and closes files. The stream can be used again."""
-        if self._windows is not None:
-            self._windows.close()
-            self._windows = None
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = self._ready = None
         self.reader.close()
 
     def _plan(self, epoch: int, cursor: Cursor | None) -> tuple[list[Window], EpochPlan]:
@@ -115,7 +133,8 @@ class ParquetStream:
         cut = windows(self.seed, epoch, self._groups, window_bytes=self.window_bytes, shuffled=self.shuffle)
         return cut, EpochPlan.resume([window.rows for window in cut], cursor, self.workers, self.batch_size)
 
-    def _consume(self, windows: _ReadAhead, plan: EpochPlan) -> Iterator[Batch]:
+    def _consume(self, ahead: ReadAhead, plan: EpochPlan, then: int | None) -> Iterator[Batch]:
+        complete = False
         try:
             window: DecodedWindow | None = None
             for step in range(plan.steps):
@@ -123,80 +142,61 @@ class ParquetStream:
                 while missing:
                     if window is None or window.exhausted:
                         window = None  # let go of it before waiting for the next
-                        window = self._wait(windows)
+                        window = self._wait(ahead)
                     pieces.append(window.take())
-                    missing -= len(pieces[-1][0])
-                windows.check_open()
-                batch = self._batch(pieces, plan.global_rows(step))
+                    missing -= len(pieces[-1].labels)
+                ahead.check_open()
+                batch = join(
+                    self._features, pieces, len(self.schema.dense), self.schema.has_bags, plan.global_rows(step)
+                )
                 self._taken += batch.rows
                 yield batch
+            window = None
+            ahead.release()
+            check_unchanged(self.path, self.reader.files)
+            complete = True
         finally:
-            windows.close()
+            if complete and then is not None:
+                self._ready = then
+            else:
+                ahead.close()
 
-    def _wait(self, windows: _ReadAhead) -> DecodedWindow:
+    def _wait(self, ahead: ReadAhead) -> DecodedWindow:
         begin = time.perf_counter()
-        window = windows.next()
+        window = ahead.next()
         self.stall_seconds += time.perf_counter() - begin
         return window
 
-    def _batch(self, pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]], global_rows: int) -> Batch:
-        if not pieces:
-            dense, features = len(self.schema.dense), len(self._features)
-            pieces = [(np.empty(0, np.float32), np.empty((0, dense), np.float32), np.empty((features, 0), np.int64))]
-        labels, dense_rows, ids = pieces[0]
-        if len(pieces) > 1:
-            labels, dense_rows = (np.concatenate([piece[i] for piece in pieces]) for i in range(2))
-            ids = np.concatenate([piece[2] for piece in pieces], axis=1)
-        return Batch(labels, dense_rows, Ids(self._features, ids.reshape(-1)), global_rows)
+
+def join(features: tuple[str, ...], pieces: list[Piece], dense: int, bags: bool, global_rows: int) -> Batch:
+    """The rows of pieces one after another as one batch; a copy only where there are several."""
+    if not pieces:
+        offsets = np.zeros(1, np.int64) if bags else None
+        empty = np.empty(0, np.float32)
+        return Batch(
+            empty, np.empty((0, dense), np.float32), Ids(features, np.empty(0, np.int64), offsets), global_rows
+        )
+    labels, dense_rows, values, offsets, weights = pieces[0]
+    if len(pieces) > 1:
+        labels = np.concatenate([piece.labels for piece in pieces])
+        dense_rows = np.concatenate([piece.dense for piece in pieces])
+        values = _by_feature([piece.values for piece in pieces], pieces, len(features))
+        if weights is not None:
+            weights = _by_feature([np.asarray(piece.weights) for piece in pieces], pieces, len(features))
+        if offsets is not None:
+            sizes = [np.diff(np.asarray(piece.offsets)).reshape(len(features), -1) for piece in pieces]
+            offsets = np.zeros(len(features) * len(labels) + 1, np.int64)
+            np.cumsum(np.concatenate(sizes, axis=1).reshape(-1), out=offsets[1:])
+    return Batch(labels, dense_rows, Ids(features, values, offsets, weights), global_rows)
 
 
-class _ReadAhead:
-    """This rank's windows, decoded on another thread in the order of the plan, bounded in bytes."""
-
-    def __init__(self, stream: ParquetStream, epoch: int, cut: list[Window], plan: EpochPlan) -> None:
-        self._stream, self._epoch = stream, epoch
-        self._share = plan.share(stream.rank)
-        self._queue = deque((cut[window], taken) for window, taken in plan.queue(stream.rank))
-        self._position = 0
-        self._decoding: deque[tuple[Future[DecodedWindow], int]] = deque()
-        self._held = self._current = 0
-        self._closed = False
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="parquet-decode")
-        self._submit(1)
-
-    def next(self) -> DecodedWindow:
-        """The next window; keeps as many further ones under way as the read-ahead allows.
-
-        Raises:
-            DataError: what decoding raised.
-        """
-        self.check_open()
-        self._held -= self._current
-        self._submit(1)
-        future, self._current = self._decoding.popleft()
-        self._submit(0)
-        return future.result()
-
-    def check_open(self) -> None:
-        """Raises RuntimeError after `close`: what follows would be read as the end of the epoch."""
-        if self._closed:
-            raise RuntimeError("the stream was closed, or another epoch begun, before this epoch was read to its end")
-
-    def close(self) -> None:
-        self._closed = True
-        self._decoder.shutdown(wait=True, cancel_futures=True)
-
-    def _submit(self, at_least: int) -> None:
-        while self._queue and (
-            len(self._decoding) < at_least or self._held + self._queue[0][0].bytes <= self._stream.read_ahead_bytes
-        ):
-            window, taken = self._queue.popleft()
-            first = self._share - self._position % self._share
-            self._position += window.rows - taken
-            self._held += window.bytes
-            self._decoding.append((self._decoder.submit(self._decode, window, taken, first), window.bytes))
-
-    def _decode(self, window: Window, taken: int, first: int) -> DecodedWindow:
-        stream = self._stream
-        order = row_order(stream.seed, self._epoch, window, shuffled=stream.shuffle)[taken:]
-        return DecodedWindow(stream.reader, window, order, first, self._share, stream.missing_id)
+def _by_feature(arrays: list[np.ndarray], pieces: list[Piece], features: int) -> np.ndarray:
+    """All pieces' values of the first feature, then of the second, and so on."""
+    if pieces[0].offsets is None:
+        return np.concatenate(
+            [array.reshape(features, len(piece.labels)) for array, piece in zip(arrays, pieces, strict=True)], axis=1
+        ).reshape(-1)
+    ends = [np.asarray(piece.offsets)[:: len(piece.labels)] for piece in pieces]
+    return np.concatenate(
+        [array[end[f] : end[f + 1]] for f in range(features) for array, end in zip(arrays, ends, strict=True)]
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from embershard.datasets import kernels
+from embershard.datasets import bag_kernels, kernels
 from embershard.datasets.sketch import DistinctSketch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
@@ -28,10 +28,6 @@ def test_shuffle_is_the_plain_fisher_yates(size):
     assert sorted(items.tolist()) == list(range(size))
 
 
-def test_references_name_chunk_and_row():
-    assert kernels.references(np.array([2, 0, 1])).tolist() == [0, 1, 2 << 32]
-
-
 def _addresses(chunks: list[pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     data, valid, bit = np.zeros((3, 1, len(chunks)), np.uint64)
     for c, chunk in enumerate(chunks):
@@ -50,23 +46,42 @@ def _chunks(kind: pa.DataType, low: int, high: int, null_share: float) -> list[p
     ]
 
 
+ROWS = np.array([60, 100])
+
+
+def _order(rows: int = 160) -> np.ndarray:
+    order = np.arange(rows, dtype=np.int32)
+    kernels.shuffle(order, np.uint64(1))
+    return order
+
+
+def _plain(chunks: list[pa.Array]) -> list:
+    return [value.as_py() for chunk in chunks for value in chunk]
+
+
 @pytest.mark.parametrize(("kind", "code"), [(pa.int32(), kernels.INT32), (pa.int64(), kernels.INT64)])
 def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code):
-    columns = [_chunks(kind, -5, 2**30, 0.3) for _ in range(3)]
-    rows = kernels.references(np.array([60, 100]))
-    kernels.shuffle(rows, np.uint64(1))
-    out = np.empty(3 * 160, np.int64)
+    columns = [_chunks(kind, 0, 2**30, 0.3) for _ in range(3)]
+    order, out = _order(), np.empty(3 * 160, np.int64)
     addresses = [np.concatenate(parts) for parts in zip(*map(_addresses, columns), strict=True)]
-    kernels.gather_ids(rows, 13, 64, np.full(3, code), *addresses, -7, out)
+    assert kernels.gather_ids(order, ROWS, 13, 64, np.full(3, code), *addresses, -7, out) == -1
     expected: list[int] = []
     for begin, end in ((0, 13), (13, 77), (77, 141), (141, 160)):
         for chunks in columns:
-            values = [chunks[r >> 32][r & 0xFFFFFFFF].as_py() for r in rows[begin:end].tolist()]
+            values = [_plain(chunks)[row] for row in order[begin:end]]
             expected += [-7 if value is None else value for value in values]
     assert out.tolist() == expected
 
 
-@pytest.mark.parametrize("log1p", [True, False])
+def test_gather_ids_points_at_the_first_negative_id():
+    chunks = [pa.array([5, None, -7]), pa.array([3, -7, -2, -3])]
+    rows, out = np.array([3, 4]), np.empty(7, np.int64)
+    arguments = (_order(7), rows, 7, 7, np.array([kernels.INT64]), *_addresses(chunks))
+    assert kernels.gather_ids(*arguments, -7, out) == 5
+    assert kernels.gather_ids(*arguments, -1, out) == 2
+
+
+@pytest.mark.parametrize("transform", ["log1p", "none", "standardise"])
 @pytest.mark.parametrize(
     ("kind", "code"),
     [
@@ -76,34 +91,79 @@ def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code):
         (pa.float64(), kernels.FLOAT64),
     ],
 )
-def test_gather_dense_transforms_and_fills_nulls(kind, code, log1p):
+def test_gather_dense_transforms_and_fills_nulls(kind, code, transform):
     chunks = _chunks(kind, -3, 10_000, 0.3)
-    rows = kernels.references(np.array([60, 100]))
-    out = np.empty((160, 1), np.float32)
-    assert kernels.gather_dense(rows, np.array([code]), *_addresses(chunks), log1p, kernels.LOG1P_TABLE, out) == -1
-    values = [chunks[r >> 32][r & 0xFFFFFFFF].as_py() for r in rows.tolist()]
-    expected = [reference.log1p(v) if log1p else np.float32(v or 0) for v in values]
+    order, out = _order(), np.empty((160, 1), np.float32)
+    mean, scale = (4000.0, 0.25) if transform == "standardise" else (0.0, 1.0)
+    way = kernels.LOG1P if transform == "log1p" else kernels.AFFINE
+    arguments = (way, kernels.LOG1P_TABLE, np.array([mean]), np.array([scale]), out)
+    assert kernels.gather_dense(order, ROWS, np.array([code]), *_addresses(chunks), *arguments) == -1
+    values = [_plain(chunks)[row] for row in order]
+    if transform == "log1p":
+        expected = [reference.log1p(v) for v in values]
+    else:
+        expected = [np.float32(0 if v is None else (v - mean) * scale) for v in values]
     assert out[:, 0].tolist() == expected
+
+
+def test_gather_dense_of_two_columns_over_many_blocks():
+    rows = 2000
+    values = RNG.integers(0, 9, (2, rows))
+    addresses = [np.concatenate(parts) for parts in zip(*(_addresses([pa.array(v)]) for v in values), strict=True)]
+    order, out = _order(rows), np.empty((rows, 2), np.float32)
+    zero, one = np.zeros(2), np.ones(2)
+    arguments = (kernels.AFFINE, kernels.LOG1P_TABLE, zero, one, out)
+    assert kernels.gather_dense(order, np.array([rows]), np.full(2, kernels.INT64), *addresses, *arguments) == -1
+    assert np.array_equal(out, values.T[order])
 
 
 def test_gather_dense_points_at_nan_and_infinity():
     for bad in (np.nan, np.inf):
         chunk = pa.array(np.array([0.5, bad, 2.0]))
-        rows, out = kernels.references(np.array([3])), np.empty((3, 1), np.float32)
-        found = kernels.gather_dense(
-            rows, np.array([kernels.FLOAT64]), *_addresses([chunk]), True, kernels.LOG1P_TABLE, out
-        )
-        assert found == 1
+        arguments = (kernels.LOG1P, kernels.LOG1P_TABLE, np.zeros(1), np.ones(1), np.empty((3, 1), np.float32))
+        kinds = np.array([kernels.FLOAT64])
+        assert kernels.gather_dense(_order(3), np.array([3]), kinds, *_addresses([chunk]), *arguments) == 1
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [1, 0, None], [0, 0, -1]])
 def test_gather_labels_points_at_what_is_neither_0_nor_1(labels):
     chunk = pa.array(labels, pa.int8())
     data, valid, bit = _addresses([chunk])
-    rows, out = kernels.references(np.array([3])), np.empty(3, np.float32)
-    assert kernels.gather_labels(rows, data[0], valid[0], bit[0], out) == 2
-    assert kernels.gather_labels(rows[:2], data[0], valid[0], bit[0], out) == -1
-    assert out[:2].tolist() == labels[:2]
+    order, out = np.array([1, 0, 2], np.int32), np.empty(3, np.float32)
+    assert kernels.gather_labels(order, np.array([3]), data[0], valid[0], bit[0], out) == 2
+    assert kernels.gather_labels(order[:2], np.array([2]), data[0], valid[0], bit[0], out) == -1
+    assert out[:2].tolist() == labels[1::-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "digest"),
+    [
+        (b"", 0xEF46DB3751D8E999),
+        (b"a", 0xD24EC4F1A98C6E5B),
+        (b"abc", 0x44BC2CF5AD770999),
+        (b"Nobody inspects the spammish repetition", 0xFBCEA83C8A378BF1),
+    ],
+)
+def test_xxhash64_gives_the_published_digests(text, digest):
+    assert reference.xxhash64(text) == digest
+    assert _digests([text]) == [digest]
+
+
+def test_xxhash64_of_every_length_is_that_of_the_plain_twin():
+    texts = [RNG.bytes(size) for size in (*range(70), 1000)]
+    assert _digests(texts) == [reference.xxhash64(text) for text in texts]
+
+
+def _digests(texts: list[bytes]) -> list[int]:
+    buffer = np.frombuffer(b"".join(texts) + b"\0", np.uint8)
+    ends = np.cumsum([0, *map(len, texts)])
+    sizes = [np.uint64(len(text)) for text in texts]
+    places = [np.uint64(buffer.ctypes.data + end) for end in ends]
+    ids = np.empty(len(texts), np.int64)
+    bag_kernels.hash_strings(np.uint64(buffer.ctypes.data), ends, ids)
+    digests = [int(bag_kernels.xxhash64(at, size)) for at, size in zip(places, sizes, strict=False)]
+    assert ids.tolist() == [digest % 2**63 for digest in digests]
+    return digests
 
 
 @pytest.mark.parametrize("distinct", [0, 1, 3, 1000, 20_000, 300_000])
@@ -135,7 +195,7 @@ def test_warm_up_leaves_nothing_to_compile(tmp_path):
 
     generate(str(tmp_path / "log"), rows=100, cardinalities=(10, 20), dense=2)
     kernels.warm_up()
-    used = [kernels.shuffle, kernels.references, kernels.gather_labels, kernels.gather_dense, kernels.gather_ids]
+    used = [kernels.shuffle, kernels.gather_labels, kernels.gather_dense, kernels.gather_ids]
     compiled = [len(kernel.signatures) for kernel in used]
     list(ParquetStream(str(tmp_path / "log"), batch_size=30).batches(0))
     assert [len(kernel.signatures) for kernel in used] == compiled

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embershard.datasets.decode import RowGroupReader
 from embershard.datasets.files import load_schema
 from embershard.datasets.order import Cursor, CursorError
 from embershard.datasets.schema import DataConfig, DataError
@@ -176,7 +177,7 @@ def refused(path: Path | str, config: DataConfig = CONFIG) -> str:
 
 
 def test_missing_and_empty_paths(tmp_path):
-    assert refused("") == "no path given: name a Parquet file, a folder of them or a URL"
+    assert refused("") == "no path given: name a Parquet file, a folder of them, a pattern or a URL"
     assert refused(tmp_path / "nothing").endswith("nothing: no such file or folder")
     assert "no *.parquet files in this folder" in refused(tmp_path)
     pq.write_table(table(0), tmp_path / "empty.parquet")
@@ -204,12 +205,12 @@ def test_missing_column_and_wrong_types(tmp_path):
     write(tmp_path, {"a.parquet": table().drop_columns(["c2"])})
     assert "a.parquet: no column 'c2'; it has label, i1, i2, c1" in refused(tmp_path)
     for column, values, wanted in (
-        ("c1", pa.array(["x"] * 300), "expected an integer id"),
-        ("i2", pa.array(["x"] * 300), "expected an integer or a float"),
-        ("label", pa.array(["1"] * 300), "expected 0 or 1"),
+        ("c1", pa.array([1.5] * 300), "double, expected an integer id or a string (lists of ids go into data.bags)"),
+        ("i2", pa.array(["x"] * 300), "string, expected an integer or a float"),
+        ("label", pa.array(["1"] * 300), "string, expected 0 or 1"),
     ):
         write(tmp_path, {"a.parquet": table(**{column: values})})
-        assert refused(tmp_path).endswith(f"a.parquet: column '{column}' is string, {wanted}")
+        assert refused(tmp_path).endswith(f"a.parquet: column '{column}' is {wanted}")
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [0, 1, None], [0.0, 1.0, 0.5], [0, 1, 300]])
@@ -232,6 +233,9 @@ def test_nan_in_a_dense_column_and_ids_that_overflow(tmp_path):
     assert "column 'i2', row 1: found nan; write a null where a value is missing" in refused(tmp_path)
     write(tmp_path, {"a.parquet": table(2, c1=pa.array([1, 2**63], pa.uint64()))})
     assert "a.parquet: column 'c1': values must fit int64" in refused(tmp_path)
+    write(tmp_path, {"a.parquet": table(4, c1=pa.array([1, -1, -7, 2]))})
+    message = "column 'c1', row 2: found -7; ids must be 0 or more; write a null, or -1 (data.missing_id)"
+    assert message in refused(tmp_path)
 
 
 def test_files_without_our_metadata_ask_for_the_columns(folder):
@@ -247,6 +251,75 @@ def test_file_that_changes_or_vanishes_during_an_epoch(folder):
         change(folder / "a.parquet")
         with pytest.raises(DataError, match=r"a\.parquet: the file vanished or changed"):
             list(one.batches(0))
+
+
+@pytest.mark.parametrize("change", [os.remove, lambda path: os.truncate(path, 100)])
+def test_file_that_changes_after_its_last_row_was_decoded(folder, change):
+    one = stream(folder)
+    batches = one.batches(0)
+    while len(one.cursor().finished) < len(one.reader.row_groups()):
+        next(batches)
+    change(folder / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: the file vanished or changed while it was being read"):
+        next(batches)
+
+
+def test_file_that_changes_while_it_is_open(folder):
+    one = stream(folder, read_ahead_bytes=1)
+    batches = one.batches(0)
+    next(batches)
+    for name in ("a.parquet", "day=1/b.parquet"):
+        os.truncate(folder / name, 100)
+    with pytest.raises(DataError, match=r"\.parquet: the file vanished or changed while it was being read"):
+        next(batches), next(batches)
+    assert one.cursor().finished
+
+
+def test_file_that_appears_during_an_epoch(folder):
+    one = stream(folder)
+    batches = one.batches(0)
+    next(batches)
+    write(folder, {"late.parquet": table()})
+    with pytest.raises(DataError, match=r"late\.parquet: the file appeared while .* was being read"):
+        list(batches)
+
+
+def test_next_epoch_is_read_ahead_while_one_ends(folder, monkeypatch):
+    decoded = []
+    read = RowGroupReader.read
+    monkeypatch.setattr(RowGroupReader, "read", lambda self, group: decoded.append(group) or read(self, group))
+    one, plain = stream(folder), stream(folder)
+    groups = len(one.reader.row_groups())
+    batches = one.batches(0, then=1)
+    next(batches)
+    one._ahead._decoder.submit(lambda: None).result()
+    assert len(decoded) == 2 * groups
+    first = [row for batch in batches for row in reference.batch_rows(batch)]
+    second = [row for batch in one.batches(1) for row in reference.batch_rows(batch)]
+    assert len(decoded) == 2 * groups
+    wanted = [[row for batch in plain.batches(epoch) for row in reference.batch_rows(batch)] for epoch in (0, 1)]
+    assert [len(first) + 64, second] == [len(wanted[0]), wanted[1]]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("parquet-decode")]
+
+
+def test_an_epoch_left_early_or_another_than_announced_begins_anew(folder):
+    one, plain = stream(folder), stream(folder)
+    next(one.batches(0, then=1))
+    for epoch, then in ((1, 5), (2, None)):
+        rows = [row for batch in one.batches(epoch, then=then) for row in reference.batch_rows(batch)]
+        assert rows == [row for batch in plain.batches(epoch) for row in reference.batch_rows(batch)]
+
+
+def test_read_ahead_never_holds_more_than_its_limit_over_the_boundary(folder):
+    one = stream(folder)
+    largest = max(group.bytes for group in one.reader.row_groups())
+    one = stream(folder, read_ahead_bytes=2 * largest)
+    held = 0
+    for epoch in (0, 1, 2):
+        for _ in one.batches(epoch, then=epoch + 1):
+            held = max(held, one._ahead._held)
+    one.close()
+    assert largest < held <= 2 * largest
 
 
 def test_ranks_and_batch_sizes_must_fit(folder):
