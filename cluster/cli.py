@@ -14,6 +14,7 @@ import typer
 
 from .cli_bench import bench
 from .cli_data import convert, generate, inspect
+from .cli_export import export
 from .cli_train import evaluate, train
 from .doctor import doctor
 from .errors import INTERRUPTED, RUN_THREAD, exit_code, one_line
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(evaluate)
+app.command()(export)
 app.command()(convert)
 app.command()(generate)
 app.command()(inspect)

@@ -31,7 +31,15 @@ class RunInterrupted(Exception):
 
 
 # Errors of other rooms that speak of the user's input, by name: naming them by class would make `--help` import torch.
-_USER_ERRORS = {"ConfigError", "DataError", "TableError", "CheckpointError", "FeatureError", "EmbeddingError"}
+_USER_ERRORS = {
+    "ConfigError",
+    "DataError",
+    "TableError",
+    "CheckpointError",
+    "FeatureError",
+    "EmbeddingError",
+    "ExportError",
+}
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import fsspec
@@ -15,7 +16,7 @@ import torch
 from ..datasets.files import load_schema
 from ..datasets.schema import MISSING_ID, Batch, DataError
 from ..datasets.stream import ParquetStream
-from ..parameter_server.checkpoint import CheckpointError, read_dense, read_manifest
+from ..parameter_server.checkpoint import CheckpointError, Manifest, read_dense, read_manifest
 from ..parameter_server.store import Store
 from .embeddings.ticket import Ticket
 from .metrics import BinaryMetrics
@@ -55,6 +56,24 @@ def measure(network: Network, batches: Iterator[Batch]) -> BinaryMetrics:
     return metrics
 
 
+@contextmanager
+def open_network(checkpoint: str, device: torch.device | str = "cpu") -> Iterator[tuple[Network, Manifest]]:
+    """A trained network, ready to answer, its tables in a store in this process while the block runs.
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by `train`.
+    """
+    manifest = read_manifest(checkpoint)
+    if "network" not in manifest.state:
+        raise CheckpointError(f"checkpoint {checkpoint}: it holds tables but no model; it was not written by `train`")
+    spec = NetworkSpec.model_validate(manifest.state["network"])
+    with Store.open(blocks=manifest.blocks, seed=manifest.seed) as store:
+        network = Network(spec, store, torch.device(device)).eval()
+        store.load(checkpoint)
+        load_dense(network, read_dense(checkpoint, manifest))
+        yield network, manifest
+
+
 def evaluate(
     checkpoint: str,
     data: str,
@@ -74,17 +93,10 @@ def evaluate(
         CheckpointError: missing, damaged, or not written by `train`. DataError: data without the columns it needs.
     """
     begin = time.perf_counter()
-    manifest = read_manifest(checkpoint)
-    if "network" not in manifest.state:
-        raise CheckpointError(f"checkpoint {checkpoint}: it holds tables but no model; it was not written by `train`")
-    spec = NetworkSpec.model_validate(manifest.state["network"])
-    where = torch.device(device)
     metrics = BinaryMetrics()
-    with Store.open(blocks=manifest.blocks, seed=manifest.seed) as store:
-        network = Network(spec, store, where).eval()
-        store.load(checkpoint)
-        load_dense(network, read_dense(checkpoint, manifest))
-        stream = ParquetStream(data, batch_size=batch_size, schema=spec.data, missing_id=missing_id, shuffle=False)
+    with open_network(checkpoint, device) as (network, manifest):
+        schema = network.spec.data
+        stream = ParquetStream(data, batch_size=batch_size, schema=schema, missing_id=missing_id, shuffle=False)
         writer = None if predictions is None else _Predictions(predictions)
         try:
             for logits, labels in score(network, stream.batches(0)):
