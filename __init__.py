@@ -19,6 +19,7 @@ _PUBLIC: dict[str, str] = {
     "Feature": ".workers.embeddings.base",
     "Ids": ".datasets.schema",
     "Optimizer": ".parameter_server.tables",
+    "ParquetDataset": ".datasets.torch_dataset",
     "ParquetStream": ".datasets.stream",
     "RunConfig": ".cluster.config",
     "Schema": ".datasets.schema",
@@ -36,6 +37,7 @@ __all__ = [
     "Feature",
     "Ids",
     "Optimizer",
+    "ParquetDataset",
     "ParquetStream",
     "RunConfig",
     "Schema",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from .datasets.files import load_schema
     from .datasets.schema import Batch, Ids, Schema
     from .datasets.stream import ParquetStream
+    from .datasets.torch_dataset import ParquetDataset
     from .parameter_server.store import Store
     from .parameter_server.tables import Optimizer, TableSpec
     from .workers.embeddings.base import Feature

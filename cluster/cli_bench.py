@@ -32,6 +32,20 @@ def rpc(rounds: Rounds = 7, as_json: Json = False, debug: Debug = False) -> None
     _show(bench_rpc(rounds, True, _tell), as_json)
 
 
+@bench.command(epilog="Example: embershard bench stream --data criteo/ --rounds 3")
+def stream(
+    rounds: Rounds = 7,
+    data: Annotated[str | None, typer.Option(help="Parquet to read; without it, a generated log.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to generate.")] = 2_000_000,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Streaming Parquet into shuffled batches, beside bare pyarrow; with peak resident memory."""
+    from .bench import bench_stream
+
+    _show(bench_stream(rounds, data, rows, _tell), as_json)
+
+
 @bench.command(epilog="Example: embershard bench train --dim 128 --with-torchrec")
 def train(
     rounds: Rounds = 7,

@@ -14,14 +14,17 @@ from .kernels import mix
 from .schema import DataError
 from .writer import Block, DatasetWriter, PartWriter
 
-# Criteo-Kaggle's distinct counts (facebookresearch/dlrm), capped so that a few hundred thousand rows teach something.
-CARDINALITIES = tuple(
-    min(n, 20_000)
-    for n in (
-        1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
-        27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
-    )
+# Distinct counts of Criteo Kaggle, and of Terabyte with ids modulo 40,000,000 (facebookresearch/dlrm).
+KAGGLE = (
+    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194,
+    27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572,
 )  # fmt: skip
+TERABYTE = (
+    39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10,
+    2208, 11938, 155, 4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36,
+)  # fmt: skip
+# Capped, so that a few hundred thousand rows teach something.
+CARDINALITIES = tuple(min(n, 20_000) for n in KAGGLE)
 DENSE = 13
 EXPONENT = 1.3
 POSITIVE_RATE = 0.25

@@ -1,0 +1,32 @@
+"""The contenders of `embershard bench stream` read all rows and report what the command prints."""
+
+import numpy as np
+import pytest
+from embershard.cluster.bench import bench_stream
+from embershard.datasets import bench
+from embershard.datasets.synthetic import generate
+
+
+@pytest.mark.parametrize("name", ["ours", "pyarrow"])
+def test_contenders_count_every_row(tmp_path, name):
+    generate(str(tmp_path / "log"), rows=3000, cardinalities=(10, 20), dense=2)
+    size = sum(path.stat().st_size for path in (tmp_path / "log").glob("*.parquet"))
+    readings = bench.CONTENDERS[name](path=str(tmp_path / "log"))
+    assert readings["mb_per_second"] / readings["rows_per_second"] == pytest.approx(size / 1e6 / 3000)
+    assert readings["peak_pss_mb"] > 10
+    assert readings["cpu_us_per_row"] > 0
+
+
+def test_memory_that_is_held_is_seen():
+    with bench.Memory() as memory:
+        before = bench.resident()
+        held = np.ones(40_000_000)
+        memory.samples.append(bench.resident())
+    assert memory.readings()["peak_pss_mb"] * 1e6 - before > 0.9 * held.nbytes
+
+
+def test_the_command_takes_paired_ratios(tmp_path):
+    generate(str(tmp_path / "log"), rows=3000, cardinalities=(10, 20), dense=2)
+    result = bench_stream(1, str(tmp_path / "log"), 0, lambda line: None)
+    rates = [result["readings"][f"{name}.rows_per_second"] for name in ("ours", "pyarrow")]
+    assert result["ratios"]["ours_over_pyarrow"] == rates[0] / rates[1]
