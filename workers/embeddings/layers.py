@@ -117,17 +117,23 @@ class Layer(nn.Module):
             padding = len(ids)
             places = torch.where(ids == self.padding_idx, padding, places)
             vectors = F.pad(vectors, (0, 0, 0, 1))
-        if offsets is not None:
-            offsets = offsets.long()
-        return F.embedding_bag(
-            places.view_as(input),
-            vectors,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=padding,
-        )
+
+        def pooled(rows: Tensor, mode: str) -> Tensor:
+            return F.embedding_bag(
+                places.view_as(input),
+                rows,
+                None if offsets is None else offsets.long(),
+                mode=mode,
+                per_sample_weights=per_sample_weights,
+                include_last_offset=self.include_last_offset,
+                padding_idx=padding,
+            )
+
+        if self.mode != "mean" or per_sample_weights is not None:
+            return pooled(vectors, self.mode)
+        # Divided as on the store; torch's kernel multiplies by the reciprocal, which rounds otherwise.
+        sizes = pooled(torch.ones(len(vectors), 1, device=ids.device), "sum")
+        return pooled(vectors, "sum") / sizes.clamp_(min=1).to(vectors.dtype)
 
     def compose(self, ids: Tensor) -> Tensor:
         """The vectors [N, d] of ids int64 [N], before any pooling."""
