@@ -5,5 +5,7 @@ vectors = layer(ids, offsets)
 """
 
 from .workers.embeddings.layers import QR, DoubleHash, Full, Hash, MEmCom
+from .workers.embeddings.layers_mem_rec import MemRec, MemRecSample
+from .workers.embeddings.layers_projected import MLET, Narrow
 
-__all__ = ["QR", "DoubleHash", "Full", "Hash", "MEmCom"]
+__all__ = ["MLET", "QR", "DoubleHash", "Full", "Hash", "MEmCom", "MemRec", "MemRecSample", "Narrow"]

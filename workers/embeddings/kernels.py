@@ -168,6 +168,41 @@ def spread_samples(grad: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, o
                     out[target, j] += grad[b, j]
 
 
+@jit
+def look_up_samples(
+    ids: np.ndarray,
+    token_seeds: np.ndarray,
+    weight_seeds: np.ndarray,
+    token: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """out [B, d] <- MEM-REC's vectors of ids int64 [B, F], from ids to the product in one pass.
+
+    token_seeds uint64 [F * K], weight_seeds [F * K_w] (K_w may be 0), feature by feature; token [D, d], weight
+    [D_w, 1]. The sums are those of `sum_samples`, in its order.
+    """
+    batch, features = ids.shape
+    width = out.shape[1]
+    per_token, per_weight = len(token_seeds) // features, len(weight_seeds) // features
+    for b in range(batch):
+        for j in range(width):
+            out[b, j] = 0
+        alpha = np.float32(0 if per_weight else 1)
+        for f in range(features):
+            mixed = mix64(_U64(ids[b, f]))
+            for k in range(per_token):
+                word = mix64(mixed ^ token_seeds[f * per_token + k])
+                row = np.int64(multiply_high(word, _U64(len(token))))
+                for j in range(width):
+                    out[b, j] += token[row, j]
+            for k in range(per_weight):
+                word = mix64(mixed ^ weight_seeds[f * per_weight + k])
+                alpha += weight[np.int64(multiply_high(word, _U64(len(weight)))), 0]
+        for j in range(width):
+            out[b, j] *= alpha
+
+
 def warm_up() -> None:
     """Compiles every kernel for the types that training uses, so that no timed step does."""
     one = np.ones(1, np.int64)
@@ -183,3 +218,5 @@ def warm_up() -> None:
     spread_bags(vectors, inverse, segments, False, rows)
     sum_samples(rows, inverse, segments, np.empty((1, 2), np.float32))
     spread_samples(rows, inverse, segments, np.zeros((1, 2), np.float32))
+    seeds = np.zeros(1, np.uint64)
+    look_up_samples(one.reshape(1, 1), seeds, seeds, rows, rows[:, :1].copy(), np.empty((1, 2), np.float32))

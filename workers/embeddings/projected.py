@@ -63,10 +63,15 @@ class Projected(Method):
             optimizer=optimizer,
         )
         super().__init__(feature, [table], [Lookup(0, full_row_map(feature))])
-        generator = torch.Generator().manual_seed(feature.key("projection"))
-        bound = math.sqrt(3 / inner_dim)
-        values = torch.empty(inner_dim, feature.dim).uniform_(-bound, bound, generator=generator)
-        self.projection = nn.Parameter(values)
+        self.projection = nn.Parameter(torch.empty(inner_dim, feature.dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gives the projection its initial values: they depend on the feature's seed and name alone."""
+        generator = torch.Generator().manual_seed(self.feature.key("projection"))
+        bound = math.sqrt(3 / len(self.projection))
+        self.projection.copy_(torch.empty(self.projection.shape).uniform_(-bound, bound, generator=generator))
 
     def compose(self, rows: Sequence[Tensor]) -> Tensor:
         """One lookup: [N, k] @ [k, d]."""
