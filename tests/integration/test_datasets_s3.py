@@ -1,0 +1,186 @@
+"""An S3 server that throttles, drops connections, answers slowly and lists in pages; every retry is counted."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from wsgiref.types import StartResponse, WSGIEnvironment
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+pytest.importorskip("s3fs", reason='needs pip install "embershard[s3]"')
+pytest.importorskip("moto", reason="needs moto")
+pytest.importorskip("flask_cors", reason="moto's server needs flask and flask-cors")
+
+import fsspec
+from embershard.datasets import remote
+from embershard.datasets.files import load_schema
+from embershard.datasets.schema import DataConfig, DataError
+from embershard.datasets.stream import ParquetStream
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+CONFIG = DataConfig(label="label", dense=["i1"], categorical=["c1"])
+FILES, ROWS = 3, 40
+
+
+class Faulty:
+    """moto's application behind a fault: fault(request) returns a status line, `drop`, or None to let it through."""
+
+    def __init__(self) -> None:
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self.fault: Callable[[WSGIEnvironment], str | None] = lambda request: None
+        self.page: int | None = None
+        self.listings = 0
+
+    def __call__(self, request: WSGIEnvironment, answer: StartResponse):
+        if "list-type=2" in request.get("QUERY_STRING", ""):
+            self.listings += 1
+            if self.page is not None:
+                request["QUERY_STRING"] += f"&max-keys={self.page}"
+        found = self.fault(request)
+        if found is None:
+            return self._app(request, answer)
+        if found == "drop":
+            answer("200 OK", [("Content-Length", "1000000")])
+            return [b"half"]
+        answer(found, [("Content-Type", "application/xml")])
+        return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, Faulty]]:
+    app = Faulty()
+    listener = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=listener.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.port}", app
+    listener.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch) -> Iterator[tuple[str, Faulty]]:
+    """A URL with Parquet files, and the server; waits between attempts are short."""
+    url, app = server
+    settings = {
+        "key": "a",
+        "secret": "b",
+        "endpoint_url": url,
+        "config_kwargs": {"read_timeout": 0.5},
+    }
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
+    app.fault, app.page = lambda request: None, None
+    fs = remote.filesystem("s3://logs/x")[0]
+    fs.invalidate_cache()
+    if not fs.exists("logs"):
+        fs.mkdir("logs")
+        for number in range(FILES):
+            ids = np.arange(ROWS) + number * ROWS
+            rows = pa.table({"label": ids % 2, "i1": ids, "c1": ids})
+            with fs.open(f"logs/train/{number}.parquet", "wb") as file:
+                pq.write_table(rows, file, row_group_size=20)
+    yield "s3://logs/train", app
+    app.fault = lambda request: None
+
+
+def read(path: str) -> tuple[list[int], ParquetStream]:
+    stream = ParquetStream(path, batch_size=16, schema=load_schema(path, CONFIG))
+    try:
+        return sorted(i for batch in stream.batches(0) for i in batch.ids.values.tolist()), stream
+    finally:
+        stream.close()
+
+
+def every(n: int, what: str) -> Callable[[WSGIEnvironment], str | None]:
+    numbers = itertools.count(1)
+    lock = threading.Lock()
+
+    def fault(request: WSGIEnvironment) -> str | None:
+        with lock:
+            return what if next(numbers) % n == 0 else None
+
+    return fault
+
+
+def test_without_faults_nothing_is_retried_and_listings_come_in_pages(bucket):
+    path, app = bucket
+    app.page = 2
+    before = app.listings
+    ids, stream = read(path)
+    assert ids == list(range(FILES * ROWS))
+    assert stream.retries == 0
+    assert app.listings - before >= 2
+
+
+@pytest.mark.parametrize("what", ["503 Slow Down", "drop"])
+def test_throttling_and_dropped_connections_are_survived_and_counted(bucket, what):
+    path, app = bucket
+    app.fault = every(3, what)
+    before = remote.RETRIES.count
+    ids, stream = read(path)
+    assert ids == list(range(FILES * ROWS))
+    assert stream.retries >= 3
+    assert remote.RETRIES.count - before >= stream.retries
+
+
+def test_slow_reads_are_given_up_and_asked_again(bucket):
+    path, app = bucket
+    release, stuck = threading.Event(), iter([True, True])
+
+    def fault(request: WSGIEnvironment) -> None:
+        if "HTTP_RANGE" in request and next(stuck, False):
+            release.wait(5)
+
+    app.fault = fault
+    before = remote.RETRIES.count
+    ids, _ = read(path)
+    release.set()
+    assert remote.RETRIES.count - before == 2
+    assert ids == list(range(FILES * ROWS))
+    assert next(stuck, None) is None
+
+
+def test_retries_are_bounded_and_the_message_says_how_many(bucket):
+    path, app = bucket
+    requests = itertools.count()
+    stream = ParquetStream(path, batch_size=16, schema=load_schema(path, CONFIG))
+
+    def fault(request: WSGIEnvironment) -> str | None:
+        if "HTTP_RANGE" not in request:
+            return None
+        next(requests)
+        return "503 Slow Down"
+
+    app.fault = fault
+    with pytest.raises(DataError, match=r"\.parquet: .*the store failed 6 times, the last time with: .*reduce your"):
+        list(stream.batches(0))
+    stream.close()
+    assert next(requests) <= 3 * remote.ATTEMPTS
+    assert stream.retries >= remote.ATTEMPTS - 1
+
+
+def test_missing_bucket_and_missing_folder_are_not_retried(bucket):
+    before = remote.RETRIES.count
+    for path in ("s3://logs/nothing", "s3://nowhere/x"):
+        with pytest.raises(DataError, match="no such file or folder"):
+            load_schema(path, CONFIG)
+    assert remote.RETRIES.count == before
+
+
+def test_a_file_that_is_replaced_or_appears_during_an_epoch_is_named(bucket):
+    path, _ = bucket
+    fs = remote.filesystem(path)[0]
+    stream = ParquetStream(path, batch_size=16, schema=load_schema(path, CONFIG))
+    batches = stream.batches(0)
+    next(batches)
+    fs.copy("logs/train/0.parquet", "logs/train/9.parquet")
+    try:
+        with pytest.raises(DataError, match=r"logs/train/9\.parquet: the file appeared while"):
+            list(batches)
+    finally:
+        fs.rm("logs/train/9.parquet")
+        stream.close()
