@@ -7,6 +7,7 @@ import os
 import ray
 
 from ..parameter_server import kernels
+from ..parameter_server.allocator import keep_freed_memory
 from ..parameter_server.blocks import BlockMap
 from ..parameter_server.server import ShardServer
 from ..parameter_server.shard import Shard
@@ -22,6 +23,7 @@ class ShardActor:
     """
 
     def __init__(self, number: int, blocks: int, seed: int, *, loopback: bool, orphan_timeout: float) -> None:
+        keep_freed_memory()
         kernels.warm_up()
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._server = ShardServer(Shard(number, Layout(blocks, seed)), host)

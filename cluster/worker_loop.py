@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from ..parameter_server.allocator import keep_freed_memory
 from ..parameter_server.store import Store
 from ..workers.job import TrainingJob
 from ..workers.trainer import train
@@ -22,6 +23,7 @@ STOP_POLL_SECONDS = 0.5
 
 def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
     """assignment: job, namespace, addresses of the shards, timeout, generation, folder of the checkpoints."""
+    keep_freed_memory()
     coordinator = ray.get_actor(NAME, namespace=assignment["namespace"])
     context = ray.train.get_context()
     job: TrainingJob = assignment["job"]

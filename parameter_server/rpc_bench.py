@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from . import kernels
+from .allocator import keep_freed_memory
 from .blocks import BlockMap
 from .client import StoreClient
 from .memory import SlabMemory
@@ -60,6 +61,7 @@ def _table(width: int) -> TableSpec:
 
 
 def _serve_shard(width: int, ready: bool, number: int, pipe: Connection) -> None:
+    keep_freed_memory()
     kernels.warm_up()
     shard = (ReadyShard if ready else Shard)(number, Layout(BLOCKS))
     if isinstance(shard, ReadyShard):
@@ -91,6 +93,7 @@ def shard_processes(shards: int, *, width: int = 0, ready: bool = False) -> Iter
 
 
 def _serve_socket(width: int, ready: bool, port: Connection) -> None:
+    keep_freed_memory()
     kernels.warm_up()
     memory = SlabMemory(Layout(BLOCKS).add([_table(width)])[0])
     if not ready:
@@ -229,4 +232,5 @@ def raw_socket(width: int, ready: bool) -> dict[str, float]:
 CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {"grpc": grpc_store, "socket": raw_socket}
 
 if __name__ == "__main__":
+    keep_freed_memory()
     print(json.dumps(CONTENDERS[sys.argv[1]](**json.loads(sys.argv[2]))))

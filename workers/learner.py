@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..datasets.schema import Batch
 from ..parameter_server.requests import Clock
+from .embeddings.gradients import GradientError, gradient_error
 from .embeddings.ticket import Ticket
-from .group import sum_gradients
+from .group import Group, sum_gradients
 from .network import Network, dense_inputs
 from .optimizers import OptimizerConfig, dense_optimizer
 from .schedule import factor
@@ -20,8 +22,8 @@ from .schedule import factor
 class Learner:
     """Trains a network on the batches it is given.
 
-    wrap: turns the network into its data-parallel form. Gradients are summed over the workers, never averaged: each
-    one's loss is the sum over its rows divided by the rows of the whole step.
+    wrap: turns the network into its data-parallel form; group: the workers of that form. Gradients are summed over the
+    workers, never averaged: each one's loss is the sum over its rows divided by the rows of the whole step.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class Learner:
         *,
         total_steps: int,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        group: Group | None = None,
     ) -> None:
         self.network = network
         self.optimizer = dense_optimizer(config.dense, network.parameters())
         self._config = config
         self._total_steps = total_steps
         self._module = wrap(network)
+        self._group = group or Group(0, 1, network.embeddings.device)
         if isinstance(self._module, DistributedDataParallel):
             self._module.register_comm_hook(None, sum_gradients)
 
@@ -50,7 +54,7 @@ class Learner:
         settle: called after the backward pass, before the gradients are sent.
 
         Raises:
-            GradientError: a gradient of a table is NaN or infinite; nothing was sent.
+            GradientError: a gradient of any worker is NaN or infinite; no worker has sent anything of this step.
             StoreError: this push, or an earlier one, failed.
         """
         embeddings = self.network.embeddings
@@ -61,8 +65,25 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         settle()
         rate = self.factor(clock.step)
-        embeddings.step(rate * self._config.sparse.learning_rate, clock)
+        embeddings.step(
+            rate * self._config.sparse.learning_rate, clock, verdict=lambda error: self._agreed(error, clock.step)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * self._config.dense.learning_rate
         self.optimizer.step()
         return loss.detach()
+
+    def _agreed(self, error: GradientError | None, step: int) -> GradientError | None:
+        """One error on every rank, that of a table before that of the dense part, where every rank has the same sum."""
+        errors = (error, self._dense_error(step))
+        if not self._group.any(any(error is not None for error in errors)):
+            return None
+        messages = self._group.gather([error and str(error) for error in errors])
+        return GradientError(next(message for kind in zip(*messages, strict=True) for message in kind if message))
+
+    def _dense_error(self, step: int) -> GradientError | None:
+        grads = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
+        if not grads or bool(torch.nn.utils.get_total_norm(grads.values(), torch.inf).isfinite()):
+            return None
+        name = next(name for name, grad in grads.items() if not bool(grad.isfinite().all()))
+        return gradient_error(f"parameter {name!r}", step)

@@ -117,7 +117,7 @@ class _Run:
         found = self._begin_with()
         cursor = Cursor.from_dict(found.state["cursor"]) if found else None
         total = self._total_steps(cursor)
-        self.learner = Learner(self.network, self.job.optimizer, total_steps=total, wrap=wrap)
+        self.learner = Learner(self.network, self.job.optimizer, total_steps=total, wrap=wrap, group=self.group)
         if found is not None:
             self._take_up(found)
         if self.group.rank == 0:

@@ -21,7 +21,14 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", FRAME_BYTES),
     # The bandwidth probe resizes windows with extra round trips; on a fast local network it halves the throughput.
+    # Without it windows stay as they begin, so they begin with room for several frames.
     ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 8 * FRAME_BYTES),
+    ("grpc.http2.write_buffer_size", 4 * FRAME_BYTES),
+    # A read of the default 8 KiB each would cut a frame into a hundred pieces, every one copied three times.
+    ("grpc.experimental.tcp_read_chunk_size", FRAME_BYTES // 2),
+    ("grpc.experimental.tcp_min_read_chunk_size", FRAME_BYTES // 4),
+    ("grpc.experimental.tcp_max_read_chunk_size", 2 * FRAME_BYTES),
 ]
 
 _CALL, _HEADER, _TOTAL, _PADDING, _PAYLOAD = 0x08, 0x12, 0x18, 0x22, 0x2A

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,7 +104,7 @@ def test_two_workers(data: Path, tmp_path: Path) -> None:
         for kind in ("sgd", "rowwise_adagrad")
     }
     whole = {"kind": "whole", "directory": str(tmp_path / "checkpoints"), "job": job(data).model_dump(mode="json")}
-    with shards(2) as a, shards(3) as b, shards(2) as c, shards(3) as d:
+    with shards(2) as a, shards(3) as b, shards(2) as c, shards(3) as d, shards(2) as e:
         explicit = [
             {
                 "kind": "explicit",
@@ -118,13 +119,19 @@ def test_two_workers(data: Path, tmp_path: Path) -> None:
         ]
         stopped = whole | {"addresses": c, "generation": 1, "stop": True, "output": str(tmp_path / "stopped.json")}
         resumed = whole | {"addresses": d, "generation": 2, "stop": False, "output": str(tmp_path / "resumed.json")}
-        run_workers(tmp_path, [*explicit, stopped, resumed])
+        poisoned = {"kind": "poisoned", "addresses": e, "rows": BATCH_ROWS, "output": str(tmp_path / "poisoned")}
+        run_workers(tmp_path, [*explicit, stopped, resumed, poisoned])
 
     for kind, config in configs.items():
         alone, together = explicit_alone(kind, config), np.load(tmp_path / f"{kind}.npz")
         assert set(alone) == set(together.files)
         for name in alone:
             np.testing.assert_allclose(together[name], alone[name], rtol=2e-4, atol=2e-6, err_msg=f"{kind} {name}")
+
+    told = [json.loads((tmp_path / f"poisoned.{rank}").read_text()) for rank in range(2)]
+    assert told[0] == told[1], "a NaN of one worker ends the step for all, with the same words"
+    assert re.match(r"step 1: the gradient of table 'c\d\.full' is NaN or infinite", told[0]["message"])
+    assert told[0]["rows_pushed"] == 0
 
     first = json.loads((tmp_path / "stopped.json").read_text())["summary"]
     assert first["stopped"] and 10 <= first["steps"] < 15 and first["eval"] is None

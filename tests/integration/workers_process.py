@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from embershard.parameter_server.requests import Clock
 from embershard.parameter_server.store import Store
+from embershard.workers.embeddings.gradients import GradientError
+from embershard.workers.group import Group
 from embershard.workers.job import TrainingJob
 from embershard.workers.learner import Learner
 from embershard.workers.network import dense_tensors
@@ -48,6 +50,33 @@ def explicit(task: dict[str, Any], store: Store, rank: int, workers: int) -> Non
         np.savez(task["output"], **found, **dense_tensors(net, learner.optimizer))
 
 
+def poisoned(task: dict[str, Any], store: Store, rank: int, workers: int) -> None:
+    """One step whose dense column is NaN for rank 1 alone; every rank writes what it was told."""
+    net = network(store, sparse="sgd")
+    if not rank:
+        store.begin(1, workers, 0)
+    dist.barrier()
+    learner = Learner(
+        net,
+        OptimizerConfig(),
+        total_steps=1,
+        wrap=DistributedDataParallel,
+        group=Group(rank, workers, torch.device("cpu")),
+    )
+    batch = share(batches(1, task["rows"])[0], rank, workers)
+    if rank == 1:
+        batch.dense[0, 0] = np.nan
+    clock = Clock(1, 1, rank, workers)
+    message = ""
+    try:
+        learner.step(batch, net.embeddings.prefetch(batch.ids), clock)
+    except GradientError as error:
+        message = str(error)
+    dist.barrier()
+    pushed = sum(shard["rows_pushed"] for shard in store.statistics())
+    Path(f"{task['output']}.{rank}").write_text(json.dumps({"message": message, "rows_pushed": pushed}))
+
+
 def whole(task: dict[str, Any], store: Store, rank: int, workers: int) -> None:
     """`train` over the stream; rank 0 writes its summary and records."""
     records: list[dict[str, Any]] = []
@@ -74,7 +103,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{task['rendezvous']}", rank=rank, world_size=workers)
     for part in task["parts"]:
         with Store.connect(part["addresses"], timeout=60) as store:
-            {"explicit": explicit, "whole": whole}[part["kind"]](part, store, rank, workers)
+            {"explicit": explicit, "poisoned": poisoned, "whole": whole}[part["kind"]](part, store, rank, workers)
             dist.barrier()
     dist.destroy_process_group()
 

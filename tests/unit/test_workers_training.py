@@ -154,6 +154,21 @@ def test_nan_gradient_names_step_and_table_and_nothing_is_sent() -> None:
         assert all((a == b).all() for a, b in zip(before, tables(net.embeddings), strict=True))
 
 
+def test_nan_gradient_of_the_dense_part_names_the_parameter_and_nothing_is_sent() -> None:
+    with Store.open(shards=2, blocks=40) as store:
+        net = network(store)
+        store.begin(1, 1, 0)
+        before = [p.detach().clone() for p in net.parameters()]
+        learner = Learner(net, optimizer("rowwise_adagrad"), total_steps=STEPS)
+        name, parameter = list(net.named_parameters())[-1]
+        parameter.register_hook(lambda grad: grad * torch.inf)
+        batch, pushes = batches(1, ROWS)[0], store.counters.pushes
+        with pytest.raises(GradientError, match=rf"step 1: the gradient of parameter '{name}' is NaN"):
+            learner.step(batch, net.embeddings.prefetch(batch.ids), Clock(1, 1))
+        assert store.counters.pushes == pushes
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
 def test_pulls_never_run_beyond_a_boundary() -> None:
     with Store.open(shards=2, blocks=40) as store:
         net = network(store)

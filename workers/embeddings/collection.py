@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from ...parameter_server.store import Store
 from ...parameter_server.tables import Optimizer, TableSpec
 from .base import EmbeddingError, Feature, Lookup, Method
 from .gather import pooled, read_rows, sample_sums, vectors
-from .gradients import check_finite, collect
+from .gradients import GradientError, collect, not_finite
 from .lookups import SlabLookups
 from .planning import EmbeddingSize, build_method
 from .ticket import Ticket
@@ -157,11 +157,19 @@ class EmbeddingBagCollection(nn.Module):
         together = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         return together if self._order is None else together[:, self._order]
 
-    def step(self, learning_rate: float | None = None, clock: Clock | None = None) -> None:
+    def step(
+        self,
+        learning_rate: float | None = None,
+        clock: Clock | None = None,
+        *,
+        verdict: Callable[[GradientError | None], GradientError | None] = lambda error: error,
+    ) -> None:
         """Sends the gradients of everything forwarded since the last step; the shards apply the optimizer once per row.
 
         With a clock the push is on its way when this returns, and failures surface in a later call or in `drain`;
         without one it has been applied, so that the next forward sees it.
+
+        verdict: told of this worker's error before anything is sent, says whether to send; several workers agree in it.
 
         Raises:
             GradientError: a gradient is NaN or infinite; nothing was sent.
@@ -169,7 +177,9 @@ class EmbeddingBagCollection(nn.Module):
         """
         parts, grads = collect(self._forwarded, self._block_rank())
         self._forwarded.clear()
-        check_finite(parts, grads, self.store.layout.slabs, None if clock is None else clock.step)
+        found = not_finite(parts, grads, self.store.layout.slabs, None if clock is None else clock.step)
+        if (error := verdict(found)) is not None:
+            raise error
         rate = self.learning_rate if learning_rate is None else learning_rate
         if parts or clock is not None:
             self._pushes.append(self.store.push(parts, grads, [rate] * len(parts), clock))

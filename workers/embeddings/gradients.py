@@ -16,7 +16,7 @@ from .ticket import Ticket
 
 
 class GradientError(StoreError):
-    """A gradient that must not be applied: names the step and the table; nothing was sent."""
+    """A gradient that must not be applied: names the step and the table or parameter; nothing was sent."""
 
 
 def collect(tickets: Sequence[Ticket], block_rank: np.ndarray) -> tuple[list[RowSet], list[np.ndarray]]:
@@ -70,14 +70,21 @@ def _add(parts: Sequence[RowSet], grads: Sequence[np.ndarray], block_rank: np.nd
     return RowSet(parts[0].slab, index[order], sorted_blocks[starts], counts), total
 
 
-def check_finite(parts: Sequence[RowSet], grads: Sequence[np.ndarray], slabs: Sequence[Slab], step: int | None) -> None:
-    """Raises GradientError: a gradient is NaN or infinite."""
+def not_finite(
+    parts: Sequence[RowSet], grads: Sequence[np.ndarray], slabs: Sequence[Slab], step: int | None
+) -> GradientError | None:
+    """The error that names the first table with a gradient that is NaN or infinite; None if there is none."""
     for part, grad in zip(parts, grads, strict=True):
         if not all_finite(grad.reshape(-1).view(np.uint32)):
             row = int(np.flatnonzero(~np.isfinite(grad).all(1))[0])
-            table = row_of(slabs[part.slab], int(part.index[row]))[0].name
-            when = "" if step is None else f"step {step}: "
-            raise GradientError(
-                f"{when}the gradient of table {table!r} is NaN or infinite, so nothing of this step was sent; "
-                f"lower the learning rates, or look for such values in the dense columns"
-            )
+            return gradient_error(f"table {row_of(slabs[part.slab], int(part.index[row]))[0].name!r}", step)
+    return None
+
+
+def gradient_error(where: str, step: int | None) -> GradientError:
+    """The error for a gradient of `where` that is NaN or infinite."""
+    when = "" if step is None else f"step {step}: "
+    return GradientError(
+        f"{when}the gradient of {where} is NaN or infinite, so nothing of this step was sent; "
+        f"lower the learning rates, or look for such values in the dense columns"
+    )
