@@ -11,8 +11,9 @@ def test_readings_of_a_small_run() -> None:
     assert found["full_bytes"] >= 100_000 and found["mem_rec_bytes"] == 4 * 50 * 9
     for name in ("uniform", "zipf_1.05"):
         readings = found[name]
-        least, greatest = readings["ratio_range"]
-        assert 0 < least <= readings["ratio"] <= greatest
+        for who in ("torch", "kernel"):
+            middle, least, greatest = readings[f"over_{who}"]
+            assert 0 < least <= middle <= greatest
         assert min(readings[f"{who}_us_per_sample"] for who in ("full_torch", "full_kernel", "mem_rec")) > 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...parameter_server.jit import jit
 from ...parameter_server.placement_kernels import mix64
+from ...parameter_server.row_kernels import AHEAD, prefetch_row
 
 INDEX = 0
 HASH = 1
@@ -177,7 +178,7 @@ def look_up_samples(
     weight: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """out [B, d] <- MEM-REC's vectors of ids int64 [B, F], from ids to the product in one pass.
+    """out [B, d] <- MEM-REC's vectors of ids int64 [B, F], rows asked for ahead of their use.
 
     token_seeds uint64 [F * K], weight_seeds [F * K_w] (K_w may be 0), feature by feature; token [D, d], weight
     [D_w, 1]. The sums are those of `sum_samples`, in its order.
@@ -185,22 +186,33 @@ def look_up_samples(
     batch, features = ids.shape
     width = out.shape[1]
     per_token, per_weight = len(token_seeds) // features, len(weight_seeds) // features
+    rows = np.empty(batch * len(token_seeds), np.int64)
+    alpha = np.empty(batch, np.float32)
+    place = 0
     for b in range(batch):
-        for j in range(width):
-            out[b, j] = 0
-        alpha = np.float32(0 if per_weight else 1)
+        alpha[b] = 0 if per_weight else 1
         for f in range(features):
             mixed = mix64(_U64(ids[b, f]))
             for k in range(per_token):
                 word = mix64(mixed ^ token_seeds[f * per_token + k])
-                row = np.int64(multiply_high(word, _U64(len(token))))
-                for j in range(width):
-                    out[b, j] += token[row, j]
+                rows[place] = np.int64(multiply_high(word, _U64(len(token))))
+                place += 1
             for k in range(per_weight):
                 word = mix64(mixed ^ weight_seeds[f * per_weight + k])
-                alpha += weight[np.int64(multiply_high(word, _U64(len(weight)))), 0]
+                alpha[b] += weight[np.int64(multiply_high(word, _U64(len(weight)))), 0]
+    place = 0
+    for b in range(batch):
         for j in range(width):
-            out[b, j] *= alpha
+            out[b, j] = 0
+        for _ in range(len(token_seeds)):
+            if place + AHEAD < len(rows):
+                prefetch_row(token, rows[place + AHEAD])
+            row = rows[place]
+            for j in range(width):
+                out[b, j] += token[row, j]
+            place += 1
+        for j in range(width):
+            out[b, j] *= alpha[b]
 
 
 def warm_up() -> None:
