@@ -17,7 +17,7 @@ from .requests import RowSet
 from .row_kernels import (
     add_rows,
     all_finite,
-    first_misplaced,
+    check_rows,
     gather,
     initialise,
     update_adagrad,
@@ -30,7 +30,7 @@ from .tables import Initializer, Slab, TableError, TableSpec
 __all__ = [
     "add_rows",
     "all_finite",
-    "first_misplaced",
+    "check_rows",
     "gather",
     "initialise",
     "locate",
@@ -178,7 +178,7 @@ def warm_up(index_dtype: np.dtype[np.unsignedinteger] | None = None) -> None:
     update_rowwise_adagrad(weights, weights, index, grads, rate, rate)
     update_adam(weights, np.zeros((1, 3), np.float32), index, grads, rate, np.float32(1), rate, rate)
     all_finite(grads.reshape(-1).view(np.uint32))
-    first_misplaced(index, blocks, counts, 1)
+    check_rows(index, blocks, counts, 1, 1)
     add_rows(np.full(4, -1, np.int64), index, grads, np.empty(1, dtype), np.empty((1, 1), np.float32), 0)
     slab = Slab(0, (TableSpec(name="warm-up", rows=1, width=1),), 1)
     found, _ = locate(slab, np.zeros(1, np.int32), np.array([0, 1]), np.zeros(1, np.int64), np.zeros(1, np.uint16))

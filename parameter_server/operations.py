@@ -60,7 +60,7 @@ class Operation(ABC):
         moved = [
             share.select(status == BlockStatus.MOVED)
             for share, status in zip(shares, reply.statuses, strict=True)
-            if (status == BlockStatus.MOVED).any()
+            if status.any() and (status == BlockStatus.MOVED).any()
         ]
         if isinstance(reply, PullReply):
             for share, status, rows in zip(shares, reply.statuses, reply.rows, strict=True):

@@ -37,15 +37,15 @@ def split(parts: Sequence[RowSet], owners: np.ndarray) -> dict[int, list[Share]]
         if len(rows.blocks) == 0:
             continue
         owner = owners[rows.blocks]
-        starts = np.concatenate(([0], np.flatnonzero(owner[1:] != owner[:-1]) + 1))
+        starts = [0, *((owner[1:] != owner[:-1]).nonzero()[0] + 1).tolist()]
         run_owner = owner[starts].tolist()
         if len(set(run_owner)) < len(run_owner):
             whole = Share(number, rows, slice(0, len(rows.index)))
             for shard in sorted(set(run_owner)):
                 shares.setdefault(shard, []).append(whole.select(owner == shard))
             continue
-        blocks = [*starts.tolist(), len(owner)]
-        first = np.concatenate(([0], np.cumsum(rows.counts, dtype=np.int64)))[blocks].tolist()
+        blocks = [*starts, len(owner)]
+        first = [0, *np.cumsum(np.add.reduceat(rows.counts, starts, dtype=np.int64)).tolist()]
         for run, shard in enumerate(run_owner):
             where = slice(first[run], first[run + 1])
             these = slice(blocks[run], blocks[run + 1])

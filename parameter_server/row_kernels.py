@@ -270,9 +270,29 @@ def all_finite(words: np.ndarray) -> bool:
     return True
 
 
+FITS, NO_SUCH_BLOCK, BLOCK_TWICE, WRONG_COUNT, MISPLACED = 0, 1, 2, 3, 4
+
+
 @jit
-def first_misplaced(index: np.ndarray, blocks: np.ndarray, counts: np.ndarray, rows_per_block: int) -> np.int64:
-    """The first entry of `index` that does not lie in the block stated for it; -1 if all do."""
+def check_rows(
+    index: np.ndarray, blocks: np.ndarray, counts: np.ndarray, rows_per_block: int, block_count: int
+) -> tuple[int, int]:
+    """Whether `index` is what blocks and counts [K] state: (FITS, -1), or what is wrong and at which of them.
+
+    NO_SUCH_BLOCK and BLOCK_TWICE name an entry of `blocks`, WRONG_COUNT how many rows are stated, MISPLACED the first
+    entry of `index` that does not lie in the block stated for it.
+    """
+    seen = np.zeros(block_count, np.bool_)
+    stated = np.int64(0)
+    for k in range(len(blocks)):
+        if blocks[k] >= block_count:
+            return NO_SUCH_BLOCK, k
+        if seen[blocks[k]]:
+            return BLOCK_TWICE, k
+        seen[blocks[k]] = True
+        stated += np.int64(counts[k])
+    if stated != len(index):
+        return WRONG_COUNT, stated
     at = np.int64(0)
     per_block = U64(rows_per_block)
     for k in range(len(blocks)):
@@ -285,9 +305,9 @@ def first_misplaced(index: np.ndarray, blocks: np.ndarray, counts: np.ndarray, r
         if bad:
             for i in range(at, end):
                 if U64(index[i]) < low or U64(index[i]) >= high:
-                    return np.int64(i)
+                    return MISPLACED, i
         at = end
-    return np.int64(-1)
+    return FITS, -1
 
 
 @jit

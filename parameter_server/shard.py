@@ -186,13 +186,15 @@ class Shard(Contents):
         statuses, rows = [], []
         for part in request.parts:
             held = self._held[part.blocks]
-            index = part.index if held.all() else readable(part.select(held)[0].index)
+            index, status = part.index, np.zeros(len(held), np.uint8)  # zero is APPLIED
+            if not held.all():
+                index, status = readable(part.select(held)[0].index), np.where(held, APPLIED, MOVED).astype(np.uint8)
+                self._counts["moved"] += int(np.count_nonzero(status))
             out = np.empty((len(index), self.layout.slabs[part.slab].width), np.float32)
             kernels.gather(self._memory[part.slab].weights, index, out)
-            statuses.append(np.where(held, APPLIED, MOVED).astype(np.uint8))
+            statuses.append(status)
             rows.append(out)
             self._counts["rows_pulled"] += len(index)
-            self._counts["moved"] += int(len(held) - held.sum())
         self._counts["pulls"] += 1
         return PullReply(statuses, rows)
 
@@ -202,10 +204,8 @@ class Shard(Contents):
         Raises:
             LookupError: the push is older than a block's window, so that nobody can say whether it was applied.
         """
-        touched = np.zeros(self.layout.blocks, np.bool_)
-        for part in request.parts:
-            touched[part.blocks] = True
-        blocks = np.flatnonzero(touched & self._held)
+        blocks = self._touched(request)
+        blocks = blocks[self._held[blocks]]
         known = self.ledger.check(request.client, request.sequence, blocks)
         if (known == ledger.TOO_OLD).any():
             raise LookupError(
@@ -216,18 +216,26 @@ class Shard(Contents):
         statuses[blocks] = known  # NEW is APPLIED, DUPLICATE is DUPLICATE
         return statuses
 
+    def _touched(self, request: PushRequest) -> np.ndarray:
+        """int64 [K]: the blocks of all parts, each once."""
+        if len(request.parts) == 1:
+            return request.parts[0].blocks.astype(np.int64)
+        touched = np.zeros(self.layout.blocks, np.bool_)
+        for part in request.parts:
+            touched[part.blocks] = True
+        return touched.nonzero()[0]
+
     def _enter(self, request: PushRequest, statuses: np.ndarray) -> PushReply:
         """Marks an applied push in the ledger and makes its reply."""
         generation = ledger.NO_GENERATION if request.clock is None else request.clock.generation
         replies = [statuses[part.blocks] for part in request.parts]
-        touched = np.zeros(self.layout.blocks, np.bool_)
-        for part in request.parts:
-            touched[part.blocks] = True
-        applied = np.flatnonzero(touched & (statuses == APPLIED))
-        self.ledger.mark(request.client, request.sequence, applied, generation)
+        blocks = self._touched(request)
+        self.ledger.mark(request.client, request.sequence, blocks[statuses[blocks] == APPLIED], generation)
         self._counts["pushes"] += 1
-        self._counts["duplicates"] += sum(int((reply == BlockStatus.DUPLICATE).sum()) for reply in replies)
-        self._counts["moved"] += sum(int((reply == MOVED).sum()) for reply in replies)
+        for reply in replies:
+            if reply.any():
+                self._counts["duplicates"] += int(np.count_nonzero(reply == BlockStatus.DUPLICATE))
+                self._counts["moved"] += int(np.count_nonzero(reply == BlockStatus.MOVED))
         return PushReply(replies)
 
     def _update(self, slab: int, index: np.ndarray, grads: np.ndarray, rate: float) -> None:
@@ -297,8 +305,9 @@ def _rates(request: PullRequest | PushRequest) -> Iterable[tuple[RowSet, float]]
 
 def _accepted(part: RowSet, grads: np.ndarray, statuses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows and gradients of those blocks whose part is new."""
-    keep = statuses[part.blocks] == APPLIED
-    if keep.all():
+    found = statuses[part.blocks]
+    if not found.any():  # zero is APPLIED
         return part.index, grads
+    keep = found == APPLIED
     selected, rows = part.select(keep)
     return readable(selected.index), readable(grads[rows])

@@ -10,7 +10,7 @@ import numpy as np
 
 from .kernels import row_of
 from .requests import PullRequest, PushRequest, RowSet
-from .row_kernels import all_finite, first_misplaced
+from .row_kernels import BLOCK_TWICE, FITS, NO_SUCH_BLOCK, WRONG_COUNT, all_finite, check_rows
 from .tables import Slab
 
 
@@ -23,7 +23,12 @@ def readable(array: np.ndarray) -> np.ndarray:
 
     Received frames are read-only and arrays of this process are not; kernels are compiled once, for the former.
     """
-    view = np.require(array, requirements=["C", "A"]).view()
+    flags = array.flags
+    if not (flags.c_contiguous and flags.aligned):
+        array = np.require(array, requirements=["C", "A"])
+    elif not flags.writeable:
+        return array
+    view = array.view()
     view.flags.writeable = False
     return view
 
@@ -70,27 +75,28 @@ def _checked_part(part: RowSet, slabs: Sequence[Slab]) -> RowSet:
             raise InvalidRequest(
                 f"slab {slab.id}: {name} is {array.dtype}{list(array.shape)}, not {np.dtype(dtype)} [N]"
             )
-    stated = int(part.counts.sum(dtype=np.int64))
-    if len(part.blocks) != len(part.counts) or stated != len(part.index):
-        raise InvalidRequest(
-            f"slab {slab.id}: {len(part.blocks)} blocks with {len(part.counts)} counts state {stated} rows, "
-            f"and there are {len(part.index)}"
-        )
-    if len(part.blocks):
-        seen = np.bincount(part.blocks)
-        if len(seen) > slab.blocks:
-            raise InvalidRequest(f"slab {slab.id}: block {len(seen) - 1} does not exist: there are {slab.blocks}")
-        if seen.max() > 1:
-            raise InvalidRequest(f"slab {slab.id}: block {int(seen.argmax())} stands twice in one call")
     checked = RowSet(slab.id, readable(part.index), readable(part.blocks), readable(part.counts))
-    wrong = first_misplaced(checked.index, checked.blocks, checked.counts, slab.rows_per_block)
-    if wrong >= 0:
-        block = int(np.repeat(part.blocks, part.counts)[wrong])
-        raise InvalidRequest(
-            f"slab {slab.id}: row {int(part.index[wrong])} does not lie in block {block}, which holds rows "
-            f"{block * slab.rows_per_block} to {(block + 1) * slab.rows_per_block - 1}"
-        )
+    if len(part.blocks) != len(part.counts):
+        raise InvalidRequest(f"slab {slab.id}: {len(part.blocks)} blocks with {len(part.counts)} counts")
+    code, at = check_rows(checked.index, checked.blocks, checked.counts, slab.rows_per_block, slab.blocks)
+    if code != FITS:
+        raise InvalidRequest(f"slab {slab.id}: {_what_is_wrong(code, at, checked, slab)}")
     return checked
+
+
+def _what_is_wrong(code: int, at: int, part: RowSet, slab: Slab) -> str:
+    if code == NO_SUCH_BLOCK:
+        return f"block {part.blocks[at]} does not exist: there are {slab.blocks}"
+    if code == BLOCK_TWICE:
+        return f"block {part.blocks[at]} stands twice in one call"
+    if code == WRONG_COUNT:
+        return f"the counts state {at} rows, and there are {len(part.index)}"
+    block = int(np.repeat(part.blocks, part.counts)[at])
+    first = block * slab.rows_per_block
+    return (
+        f"row {part.index[at]} does not lie in block {block}, which holds rows {first} to "
+        f"{first + slab.rows_per_block - 1}"
+    )
 
 
 def _checked_grads(grads: np.ndarray, rate: float, part: RowSet, slab: Slab, request: PushRequest) -> np.ndarray:

@@ -128,7 +128,7 @@ def decode_reply(
         return PushReply(statuses), newer
     rows, at = [], 0
     for part, status in zip(request.parts, statuses, strict=True):
-        owned = int(part.counts[status == 0].sum(dtype=np.uint64))
+        owned = int(part.counts[status == 0].sum(dtype=np.uint64)) if status.any() else len(part.index)
         size = owned * widths[part.slab] * 4
         if size > len(payload) - at:
             raise FrameError(f"slab {part.slab}: rows of {size} bytes, {len(payload) - at} bytes left in the reply")

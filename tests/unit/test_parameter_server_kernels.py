@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embershard.parameter_server import kernels, optimizers
+from embershard.parameter_server import kernels, optimizers, row_kernels
 from embershard.parameter_server.placement_kernels import permute_all
 from embershard.parameter_server.sums import sum_pushes
 from embershard.parameter_server.tables import Initializer, Layout, Optimizer, Slab, TableError, TableSpec
@@ -208,13 +208,20 @@ def test_all_finite(value: float, at: int) -> None:
     assert not kernels.all_finite(grads.view(np.uint32))
 
 
-def test_first_misplaced() -> None:
+def test_check_rows() -> None:
     index = np.array([10, 19, 30, 39], np.uint32)
     blocks, counts = np.array([1, 3], np.uint16), np.array([2, 2], np.uint32)
-    assert kernels.first_misplaced(index, blocks, counts, 10) == -1
+
+    def check(blocks: np.ndarray = blocks, counts: np.ndarray = counts) -> tuple[int, int]:
+        return kernels.check_rows(index, blocks, counts, 10, 4)
+
+    assert check() == (row_kernels.FITS, -1)
+    assert check(blocks=np.array([1, 4], np.uint16)) == (row_kernels.NO_SUCH_BLOCK, 1)
+    assert check(blocks=np.array([3, 3], np.uint16)) == (row_kernels.BLOCK_TWICE, 1)
+    assert check(counts=np.array([2, 2**32 - 1], np.uint32)) == (row_kernels.WRONG_COUNT, 2**32 + 1)
     for wrong in (9, 20, 2**32 - 1):
         index[1] = wrong
-        assert kernels.first_misplaced(index, blocks, counts, 10) == 1
+        assert check() == (row_kernels.MISPLACED, 1)
 
 
 def test_sums_are_added_in_the_order_given() -> None:
