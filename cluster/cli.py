@@ -13,6 +13,7 @@ import traceback
 import typer
 
 from .cli_bench import bench
+from .cli_compare import compare
 from .cli_data import convert, generate, inspect
 from .cli_export import export
 from .cli_train import evaluate, train
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(evaluate)
 app.command()(export)
+app.command()(compare)
 app.command()(convert)
 app.command()(generate)
 app.command()(inspect)

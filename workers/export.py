@@ -164,13 +164,18 @@ def full_method(feature: Feature) -> Method:
 
 def inputs(batch: Batch) -> tuple[Tensor, Tensor]:
     """(dense [B, D], ids [B, F]) of a batch with one id per feature."""
-    return torch.from_numpy(batch.dense), torch.from_numpy(batch.ids.values).view(len(batch.ids), -1).t().contiguous()
+    return torch.from_numpy(batch.dense), single_ids(batch)
+
+
+def single_ids(batch: Batch) -> Tensor:
+    """int64 [B, F] of a batch with one id per feature."""
+    return torch.from_numpy(batch.ids.values).view(len(batch.ids), -1).t().contiguous()
 
 
 def _batches(network: Network, data: str | None, missing_id: int) -> Iterator[Batch]:
     """What is compared: the first rows of the data, or random ids where there is none or features are bags."""
     if data is None or network.spec.data.has_bags:
-        yield _random_batch(network.spec.features, len(network.spec.data.dense), RANDOM_ROWS)
+        yield random_batch(network.spec.features, len(network.spec.data.dense), RANDOM_ROWS)
         return
     schema, rows = network.spec.data, 0
     stream = ParquetStream(data, batch_size=RANDOM_ROWS, schema=schema, missing_id=missing_id, shuffle=False)
@@ -184,7 +189,8 @@ def _batches(network: Network, data: str | None, missing_id: int) -> Iterator[Ba
         stream.close()
 
 
-def _random_batch(features: Sequence[Feature], dense: int, rows: int) -> Batch:
+def random_batch(features: Sequence[Feature], dense: int, rows: int) -> Batch:
+    """One id per feature, uniform over its cardinality."""
     rng = np.random.default_rng(0)
     ids = np.concatenate([rng.integers(0, feature.cardinality or 2**62, rows) for feature in features])
     names = tuple(feature.name for feature in features)

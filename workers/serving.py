@@ -99,6 +99,11 @@ class ServingNetwork(nn.Module):
         self.maps = RowMaps(maps)
 
     def forward(self, dense: Tensor, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(dense, self.vectors(ids))
+        return logits
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """[B, F, d], or [B, d] of methods with one vector per sample."""
         rows = self.maps(ids)
         read = [[F.embedding(rows[:, at], self.tables[table]) for table, at in places] for places in self._places]
         if self.per_sample:
@@ -106,13 +111,9 @@ class ServingNetwork(nn.Module):
             for places, own in zip(self._places, read, strict=True):
                 for (table, _), one in zip(places, own, strict=True):
                     sums[table] = sums[table] + one if table in sums else one
-            vectors = self.features[0].method.compose_sample(list(sums.values()))
-        else:
-            pairs = zip(self.features, read, strict=True)
-            composed = [f.method.compose(own) if f.composed else own[0] for f, own in pairs]
-            vectors = torch.stack(composed, 1)
-        logits: Tensor = self.model(dense, vectors)
-        return logits
+            return self.features[0].method.compose_sample(list(sums.values()))
+        pairs = zip(self.features, read, strict=True)
+        return torch.stack([f.method.compose(own) if f.composed else own[0] for f, own in pairs], 1)
 
 
 class RowMaps(nn.Module):
