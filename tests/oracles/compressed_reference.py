@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Tables = dict[str, np.ndarray]
 
@@ -72,3 +74,17 @@ def memcom(tables: Tables, ids: Sequence[int], shared: Sequence[int], grads: np.
 def pooled_then_combined(tables: Sequence[np.ndarray], rows: Sequence[Sequence[int]], operation: str) -> np.ndarray:
     """One bag as facebookresearch/dlrm's QREmbeddingBag makes it: each table is pooled, then the sums are combined."""
     return combined(operation, [table[list(own)].sum(0) for table, own in zip(tables, rows, strict=True)])
+
+
+def path(tables: dict[str, Tensor], value: int, moduli: Sequence[int]) -> Tensor:
+    """One id's vector: the row that the quotient reads, through the function that each remainder chooses in turn."""
+    *remainders, quotient = digits(value, moduli, False)
+    vector = tables["base"][quotient]
+    d = len(vector)
+    for j, row in enumerate(remainders):
+        if f"matrix{j}" in tables:
+            vector = tables[f"matrix{j}"][row].view(d, d) @ vector
+            continue
+        hidden = torch.relu(tables[f"first{j}"][row].view(-1, d) @ vector + tables[f"shift{j}"][row])
+        vector = tables[f"second{j}"][row].view(d, -1) @ hidden + tables[f"offset{j}"][row]
+    return vector

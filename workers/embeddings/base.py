@@ -30,11 +30,15 @@ class PartialOptions(BaseModel):
     dim: int | None = Field(default=None, gt=0, le=4096)
     ratio: float | None = Field(default=None, ge=1, description="times smaller than `full` would be here")
     rows: int | None = Field(default=None, gt=0, description="rows of the hashed or remainder table, not a ratio")
-    moduli: tuple[int, ...] | None = Field(default=None, description="qr: rows of every sub-table, not a ratio")
+    moduli: tuple[int, ...] | None = Field(
+        default=None, description="qr, qr_path: rows of every sub-table, not a ratio"
+    )
     operation: Literal["mult", "add", "concat"] | None = Field(
         default=None, description="qr, double_hash: how the vectors of an id become one; None: mult, add"
     )
-    partitions: int | None = Field(default=None, ge=1, le=16, description="qr, double_hash: sub-tables; None: 2, 1")
+    partitions: int | None = Field(
+        default=None, ge=1, le=16, description="qr, qr_path, double_hash: sub-tables; None: 2, 2, 1"
+    )
     scheme: Literal["quotient_remainder", "chinese_remainder"] | None = Field(
         default=None, description="qr: which rows belong to an id; None: quotient_remainder"
     )
@@ -43,7 +47,9 @@ class PartialOptions(BaseModel):
     hashing: Literal["modulo", "seeded"] | None = Field(
         default=None, description="memcom: how ids share rows; None: modulo, or seeded without a cardinality"
     )
-    inner_dim: int | None = Field(default=None, gt=0, le=4096, description="mlet, narrow: width of the table")
+    inner_dim: int | None = Field(
+        default=None, gt=0, le=4096, description="mlet, narrow: width of the table; qr_path: hidden units"
+    )
     token_rows: int | None = Field(default=None, gt=0, description="mem_rec: rows of the token table")
     weight_rows: int | None = Field(
         default=None, gt=0, description="mem_rec: rows of the weight table; None: as the token table"
@@ -71,7 +77,9 @@ class UnreachableRatio(EmbeddingError):
 class FeatureOptions(PartialOptions):
     """How a feature's vectors are composed. What is None here is left to the method."""
 
-    method: str = Field(default="full", description="full | hash | qr | memcom | double_hash | mlet | narrow | mem_rec")
+    method: str = Field(
+        default="full", description="full | hash | qr | qr_path | memcom | double_hash | mlet | narrow | mem_rec"
+    )
     dim: int = Field(default=16, gt=0, le=4096, description="floats per vector")
     max_rows: int = Field(default=DEFAULT_MAX_ROWS, gt=0, description="most rows of `full` without a cardinality")
     out_of_range: Literal["error", "modulo"] = Field(default="error", description="ids beyond the declared cardinality")

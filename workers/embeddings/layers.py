@@ -206,6 +206,27 @@ class QR(Layer):
         super().__init__("qr", num_embeddings, embedding_dim, {**sizes, **shape}, **common)
 
 
+class QRPath(Layer):
+    """A row of `base` through functions that the remainders choose. Takes remainder_rows or moduli.
+
+    inner_dim: hidden units of a function; None: one matrix. See `workers.embeddings.qr_path.QRPath`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        remainder_rows: int | None = None,
+        moduli: tuple[int, ...] | None = None,
+        partitions: int | None = None,
+        inner_dim: int | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        sizes = {"rows": remainder_rows, "moduli": moduli, "partitions": partitions, "inner_dim": inner_dim}
+        super().__init__("qr_path", num_embeddings, embedding_dim, sizes, **common)
+
+
 class MEmCom(Layer):
     """Shared rows times one weight per id: parameters `hashed`, `weight` and with bias=True `bias`.
 

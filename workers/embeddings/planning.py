@@ -19,6 +19,7 @@ from .memcom import MEmCom
 from .mlet import MLET
 from .narrow import Narrow
 from .qr import QR
+from .qr_path import QRPath
 from .sizing import fit_bytes
 
 
@@ -35,6 +36,7 @@ METHODS: dict[str, MethodType] = {
     "full": Full,
     "hash": Hash,
     "qr": QR,
+    "qr_path": QRPath,
     "memcom": MEmCom,
     "double_hash": DoubleHash,
     "mlet": MLET,

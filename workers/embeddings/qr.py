@@ -30,7 +30,7 @@ class QR(Method):
 
     def __init__(self, feature: Feature, optimizer: Optimizer) -> None:
         operation = feature.operation or "mult"
-        moduli = _moduli(feature, operation)
+        moduli = moduli_of(feature, operation)
         initializer = part_initializer(operation, len(moduli), feature.full_rows)
         tables = [
             TableSpec(
@@ -42,7 +42,7 @@ class QR(Method):
             )
             for j, modulus in enumerate(moduli)
         ]
-        super().__init__(feature, tables, [Lookup(j, row_map) for j, row_map in enumerate(_row_maps(feature, moduli))])
+        super().__init__(feature, tables, [Lookup(j, row_map) for j, row_map in enumerate(row_maps(feature, moduli))])
         self.operation = operation
 
     def compose(self, rows: Sequence[Tensor]) -> Tensor:
@@ -52,7 +52,8 @@ class QR(Method):
         return "qr", self.operation, len(self.lookups)
 
 
-def _row_maps(feature: Feature, moduli: Moduli) -> list[RowMap]:
+def row_maps(feature: Feature, moduli: Moduli) -> list[RowMap]:
+    """ids to rows of each partition's table."""
     if feature.cardinality is None:
         return [feature.hashed(modulus, f"qr/{j}") for j, modulus in enumerate(moduli)]
     if feature.scheme == "chinese_remainder":
@@ -64,20 +65,25 @@ def _row_maps(feature: Feature, moduli: Moduli) -> list[RowMap]:
     return maps
 
 
-def _moduli(feature: Feature, operation: str) -> Moduli:
+def moduli_of(feature: Feature, operation: str, sizes: Sequence[str] = ("rows", "moduli", "ratio")) -> Moduli:
+    """Rows of each partition's table, from the one of the options `sizes` that is set.
+
+    Raises:
+        EmbeddingError: none or several of them, or one that cannot tell all ids apart or cannot be reached.
+    """
     coprime = feature.scheme == "chinese_remainder"
     family = chinese_remainder if coprime else quotient_remainder
-    given = [option for option in ("rows", "moduli", "ratio") if getattr(feature, option) is not None]
+    given = [option for option in sizes if getattr(feature, option) is not None]
     if len(given) != 1:
         raise EmbeddingError(
-            f"feature {feature.name!r}: method qr needs one of embedding.rows, embedding.moduli and embedding.ratio, "
-            f"found {' and '.join(given) or 'none'}"
+            f"feature {feature.name!r}: method {feature.method} needs one of "
+            f"{', '.join(f'embedding.{option}' for option in sizes)}, found {' and '.join(given) or 'none'}"
         )
     n, parts = feature.full_rows, feature.partitions or len(feature.moduli or (0, 0))
     if parts < 2 or parts != len(feature.moduli or range(parts)):
         raise EmbeddingError(
-            f"feature {feature.name!r}: method qr has embedding.partitions=2 or more, one for each of embedding.moduli "
-            f"where they are given, not {parts}"
+            f"feature {feature.name!r}: method {feature.method} has embedding.partitions=2 or more, one for each of "
+            f"embedding.moduli where they are given, not {parts}"
         )
     if feature.moduli is not None:
         if found := problem(feature.moduli, n, coprime=coprime):
