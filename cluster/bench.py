@@ -113,36 +113,24 @@ def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict
     return run_rounds(contenders, rounds, tell).summary(wanted)
 
 
-def bench_rpc(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The transport beside a raw socket, and real pulls and pushes beside the socket loop with the same kernels."""
-    contenders, wanted = [], {}
-    for width in (16, 64, 128):
-        for ready in (True, False):
-            kind = "transport" if ready else "real"
-            for name in ("grpc", "socket"):
-                contenders.append(
-                    _contender(f"{name}.{kind}.d{width}", "parameter_server.rpc_bench", name, width=width, ready=ready)
-                )
-            for direction in ("pull", "push"):
-                for size in ("64k", "1024k", "4096k", "16384k", "65536k"):
-                    reading = f"{kind}.d{width}.{direction}_{size}_gbps"
-                    wanted[f"{kind}_{direction}_{size}_d{width}_over_socket"] = (f"grpc.{reading}", f"socket.{reading}")
+def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The transport beside a raw socket and bare gRPC; real pulls and pushes beside the socket loop with a kernel."""
+    module, contenders, wanted = "parameter_server.rpc_bench", [], {}
+    sizes = ("64k", "1024k", "4096k", "16384k", "65536k")
+    for kind, widths, names in (
+        ("transport", (64,), ("grpc", "bare", "socket")),
+        ("real", (16, 64, 128), ("grpc", "socket")),
+    ):
+        for width in widths:
+            label = kind if kind == "transport" else f"{kind}.d{width}"
+            for name in names:
+                arguments = {"width": width, "ready": kind == "transport"}
+                contenders.append(_contender(f"{name}.{label}", module, name, **arguments))
+            for peer in names[1:]:
+                for reading in (f"{direction}_{size}" for direction in ("pull", "push") for size in sizes):
+                    ratio = f"{label.replace('.', '_')}_{reading}_over_{peer}"
+                    wanted[ratio] = (f"grpc.{label}.{reading}_gbps", f"{peer}.{label}.{reading}_gbps")
     return run_rounds(contenders, rounds, tell).summary(wanted)
-
-
-def bench_stream(rounds: int, path: str | None, rows: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """A shuffled epoch beside bare pyarrow decoding into numpy, one decoding thread each; without `path` on `rows`
-    generated rows of Criteo Kaggle's cardinalities."""
-    from ..datasets.synthetic import KAGGLE, generate
-
-    with tempfile.TemporaryDirectory() as folder:
-        if path is None:
-            path = str(Path(folder, "log"))
-            tell(f"generating {rows:,} rows")
-            generate(path, rows=rows, cardinalities=KAGGLE)
-        contenders = [_contender(name, "datasets.bench", name, path=path) for name in ("ours", "pyarrow")]
-        comparison = run_rounds(contenders, rounds, tell)
-    return comparison.summary({"ours_over_pyarrow": ("ours.rows_per_second", "pyarrow.rows_per_second")})
 
 
 def bench_train(

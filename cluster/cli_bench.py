@@ -29,7 +29,7 @@ def rpc(rounds: Rounds = 7, as_json: Json = False, debug: Debug = False) -> None
     """Pull and push over gRPC, beside a raw socket with and without the same kernels."""
     from .bench import bench_rpc
 
-    _show(bench_rpc(rounds, True, _tell), as_json)
+    _show(bench_rpc(rounds, _tell), as_json)
 
 
 @bench.command(epilog="Example: embershard bench stream --data criteo/ --rounds 3")

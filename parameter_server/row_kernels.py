@@ -276,7 +276,7 @@ FITS, NO_SUCH_BLOCK, BLOCK_TWICE, WRONG_COUNT, MISPLACED = 0, 1, 2, 3, 4
 @jit
 def check_rows(
     index: np.ndarray, blocks: np.ndarray, counts: np.ndarray, rows_per_block: int, block_count: int
-) -> tuple[int, int]:
+) -> tuple[int, int | np.int64]:
     """Whether `index` is what blocks and counts [K] state: (FITS, -1), or what is wrong and at which of them.
 
     NO_SUCH_BLOCK and BLOCK_TWICE name an entry of `blocks`, WRONG_COUNT how many rows are stated, MISPLACED the first

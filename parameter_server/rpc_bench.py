@@ -3,15 +3,18 @@
     transport   a ready buffer sent (push) or received (pull) through the client and server, no kernel at either end
     real        a pull that gathers, a push that updates
     socket      the same bytes over a plain TCP connection, with and without the same kernel
+    bare        the same bytes through gRPC's own Python API and nothing of ours: what gRPC itself leaves to be had
 
 Every contender has its server in a process of its own: `python -m embershard.parameter_server.rpc_bench NAME JSON`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
+import queue
 import resource
 import socket
 import statistics
@@ -23,6 +26,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+import grpc
 import numpy as np
 
 from . import kernels
@@ -31,6 +35,7 @@ from .blocks import BlockMap
 from .client import StoreClient
 from .memory import SlabMemory
 from .optimizers import apply
+from .protocol.frames import CHANNEL_OPTIONS, FRAME_BYTES
 from .requests import Completed, PullReply, PullRequest, PushReply, PushRequest, RowSet
 from .server import ShardServer
 from .shard import Shard
@@ -229,7 +234,58 @@ def raw_socket(width: int, ready: bool) -> dict[str, float]:
         return _measure(width, pid, exchange)
 
 
-CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {"grpc": grpc_store, "socket": raw_socket}
+async def _serve_bytes(ready: bytes, pipe: Connection) -> None:
+    async def exchange(_: Any, context: grpc.aio.ServicerContext) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            left, wanted = struct.unpack("<QQ", message)
+            while left > 0:
+                left -= len(await context.read())
+            for begin in range(0, wanted, FRAME_BYTES):
+                await context.write(ready[: wanted - begin])
+
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    handler = grpc.stream_stream_rpc_method_handler(exchange)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", {"Exchange": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    pipe.send((port, os.getpid()))
+    await server.wait_for_termination()
+
+
+def _serve_bare(ready: bytes, pipe: Connection) -> None:
+    keep_freed_memory()
+    asyncio.run(_serve_bytes(ready, pipe))
+
+
+def bare_grpc(width: int, ready: bool) -> dict[str, float]:
+    """Ready bytes in messages of a frame's size; the sizes of both directions stand in a message of their own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    frame = b"x" * FRAME_BYTES
+    process = context.Process(target=_serve_bare, args=(frame, theirs), daemon=True)
+    process.start()
+    port, pid = ours.recv()
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+            answers = channel.stream_stream("/bare/Exchange")(iter(messages.get, None))
+
+            def exchange(push: bool, count: int, _: int) -> None:
+                sent, wanted = count * 4, 8 if push else count * 4 * width
+                sent += count * 4 * width if push else 0
+                messages.put(struct.pack("<QQ", sent, wanted))
+                for begin in range(0, sent, FRAME_BYTES):
+                    messages.put(frame[: sent - begin])
+                while wanted > 0:
+                    wanted -= len(next(answers))
+
+            return _measure(width, pid, exchange)
+    finally:
+        process.terminate()
+        process.join()
+
+
+CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {"grpc": grpc_store, "socket": raw_socket, "bare": bare_grpc}
 
 if __name__ == "__main__":
     keep_freed_memory()

@@ -84,7 +84,7 @@ def _checked_part(part: RowSet, slabs: Sequence[Slab]) -> RowSet:
     return checked
 
 
-def _what_is_wrong(code: int, at: int, part: RowSet, slab: Slab) -> str:
+def _what_is_wrong(code: int, at: int | np.int64, part: RowSet, slab: Slab) -> str:
     if code == NO_SUCH_BLOCK:
         return f"block {part.blocks[at]} does not exist: there are {slab.blocks}"
     if code == BLOCK_TWICE:
