@@ -232,6 +232,17 @@ def test_state_copies_and_moves(case: str) -> None:
     assert torch.equal(empty(ids), first(ids))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_case
+def test_on_a_gpu_the_same_vectors(case: str) -> None:
+    made = layer(case, padding_idx=3)
+    moved, born = copy.deepcopy(made).to("cuda"), layer(case, padding_idx=3, device="cuda")
+    flat, offsets = torch.tensor([1, 2, 3, 50, 9]), torch.tensor([0, 2])
+    for other in (moved, born):
+        torch.testing.assert_close(other(flat.cuda(), offsets.cuda()).cpu(), made(flat, offsets))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20),
@@ -373,6 +384,12 @@ def test_ids_beyond_are_an_error_or_taken_modulo(case: str) -> None:
         (lambda: nn.MEmCom(N, D, ratio=7), r"feature 'embedding': method memcom cannot be 7 times smaller"),
         (lambda: nn.QR(N, D, moduli=(7, 8)), "tell only 56 ids apart"),
         (lambda: nn.Full(N, D, mode="median"), "mode: 'median' is none of sum, mean and max"),
+        (lambda: nn.Full(0, D), "^num_embeddings: Input should be greater than 0, found 0$"),
+        (lambda: nn.Hash(N, 5000, hashed_rows=4), "^embedding_dim: Input should be less than or equal to 4096, found"),
+        (
+            lambda: nn.QR(N, D, remainder_rows=4, operation="minus"),
+            "^operation: Input should be 'mult', 'add' or 'conc",
+        ),
         (lambda: nn.Full(N, D, padding_idx=N), "padding_idx: 60 lies outside the 60 ids"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,17 +68,10 @@ class Layer(nn.Module):
         super().__init__()
         if mode not in ("sum", "mean", "max"):
             raise EmbeddingError(f"mode: {mode!r} is none of sum, mean and max")
+        options = {"out_of_range": out_of_range, "seed": seed, **sizes}
+        feature = _feature(name=name, method=method, cardinality=num_embeddings, dim=embedding_dim, **options)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise EmbeddingError(f"padding_idx: {padding_idx} lies outside the {num_embeddings} ids")
-        feature = Feature(
-            name=name,
-            method=method,
-            cardinality=num_embeddings,
-            dim=embedding_dim,
-            out_of_range=out_of_range,
-            seed=seed,
-            **sizes,
-        )
         check_options(feature)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -267,6 +261,17 @@ class DoubleHash(Layer):
     ) -> None:
         sizes = {"rows": hashed_rows, "ratio": ratio, "operation": operation, "partitions": tables}
         super().__init__("double_hash", num_embeddings, embedding_dim, sizes, **common)
+
+
+def _feature(**options: Any) -> Feature:
+    """Raises EmbeddingError: a value that no option can have, in one line and by the layer's own names."""
+    try:
+        return Feature(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        known = {"cardinality": "num_embeddings", "dim": "embedding_dim"}.get(name, name)
+        raise EmbeddingError(f"{known}: {first['msg']}, found {first['input']!r}") from None
 
 
 def initial_rows(table: TableSpec, seed: int) -> np.ndarray:
