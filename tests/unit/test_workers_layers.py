@@ -213,13 +213,15 @@ def test_state_copies_and_moves(case: str) -> None:
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
     buffer.seek(0)
-    # Rows belong to the seed that mapped ids, so a state is loaded by a layer of the same one.
     third = layer(case)
     with torch.no_grad():
         for parameter in third.parameters():
             parameter.zero_()
     third.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(first(ids), third(ids)) and torch.equal(first(ids), copy.deepcopy(first)(ids))
+    if any(own.map.kind == "hash" for own in first.method.lookups):
+        with pytest.raises(RuntimeError, match=r"hash_seeds: saved by a layer of another seed or name"):
+            second.load_state_dict(first.state_dict())
     double = copy.deepcopy(first).to(torch.float64)
     assert double(ids).dtype == torch.float64
     torch.testing.assert_close(double(ids).float(), first(ids))
@@ -230,6 +232,8 @@ def test_state_copies_and_moves(case: str) -> None:
     empty = meta.to_empty(device="cpu")
     empty.reset_parameters()
     assert torch.equal(empty(ids), first(ids))
+    second.load_state_dict(layer(case, seed=8).state_dict())
+    first.load_state_dict(empty.state_dict())
 
 
 @pytest.mark.gpu

@@ -43,11 +43,14 @@ class Layer(nn.Module):
     num_embeddings: ids lie in [0, num_embeddings). embedding_dim: d. mode: how a bag's vectors become one ("mean" as in
     torch). padding_idx: an id that bags leave out. out_of_range: ids beyond are an error, or taken modulo. seed and
     name: a table's initial values are those of the table `name.ROLE` in a store of that seed; ROLE is also the name of
-    its parameter. dtype: of the parameters; values are drawn in float32.
+    its parameter. dtype: of the parameters; values are drawn in float32. Where ids are hashed, `hash_seeds` in the
+    state keeps a layer that hashes otherwise from loading it.
 
     Raises:
         EmbeddingError: sizes that the method cannot work with.
     """
+
+    hash_seeds: Tensor
 
     def __init__(
         self,
@@ -82,11 +85,15 @@ class Layer(nn.Module):
         for table in self.method.tables:
             values = torch.empty(table.rows, table.width, device=device, dtype=dtype)
             self.register_parameter(_role(table), nn.Parameter(values))
+        if (seeds := self._hash_seeds()).numel():
+            self.register_buffer("hash_seeds", seeds.to(device))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Gives the tables their initial values."""
+        if "hash_seeds" in self._buffers and self.hash_seeds.device.type != "meta":
+            self.hash_seeds.copy_(self._hash_seeds())
         for table in self.method.tables:
             parameter = self.get_parameter(_role(table))
             if parameter.device.type != "meta":
@@ -149,6 +156,18 @@ class Layer(nn.Module):
                 f"num_embeddings, or out_of_range='modulo'"
             )
         return ids
+
+    def _hash_seeds(self) -> Tensor:
+        """int64 [hashed lookups]: kept in the state, for rows mean nothing to a layer that hashes otherwise."""
+        seeds = [own.map.seed for own in self.method.lookups if own.map.kind == "hash"]
+        return torch.from_numpy(np.array(seeds, np.uint64).view(np.int64))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(f"{prefix}hash_seeds")
+        if saved is not None and not torch.equal(saved.cpu(), self._hash_seeds()):
+            *_, errors = rest
+            errors.append(f"{prefix}hash_seeds: saved by a layer of another seed or name, which hashes ids otherwise")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode!r}, padding_idx={self.padding_idx}"
