@@ -337,6 +337,17 @@ def test_memcom_begins_as_the_hashing_trick() -> None:
     assert torch.equal(made.hashed.grad, plain.weight.grad)
 
 
+def test_memcom_in_float32_is_the_formula_bit_for_bit_in_any_order() -> None:
+    made = nn.MEmCom(N, D, hashed_rows=9, bias=True, mode="sum")
+    with torch.no_grad():
+        for parameter in (made.weight, made.bias):
+            parameter.normal_(generator=torch.Generator().manual_seed(3))
+    u, v, b = (p.detach().numpy() for p in (made.hashed, made.weight, made.bias))
+    ids = np.random.default_rng(0).permutation(N)
+    out = made(torch.from_numpy(ids).unsqueeze(1)).detach().numpy()
+    assert out.tobytes() == (v[ids] * u[ids % 9] + b[ids]).tobytes()
+
+
 @pytest.mark.parametrize(("bias", "rank"), [(False, 1), (True, 2)])
 def test_memcom_tells_ids_of_one_row_apart_once_trained(bias: bool, rank: int) -> None:
     made = nn.MEmCom(N, D, hashed_rows=9, bias=bias, mode="sum", dtype=torch.float64)
