@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections.abc import Mapping
+from contextlib import suppress
 
 import fsspec
 import numpy as np
@@ -67,6 +68,8 @@ def write_file(directory: str, file: str, data: bytes) -> None:
         if target != path:
             fs.mv(target, path)
     except OSError as error:
+        with suppress(OSError):  # on a full disk, what was written of it is in the way
+            fs.rm(target)
         raise CheckpointError(f"checkpoint {directory}: cannot write {file}: {error.strerror or error}") from error
 
 

@@ -58,7 +58,9 @@ class Checkpoints:
     def _remove_old(self) -> None:
         fs, root = fsspec.core.url_to_fs(self.directory)
         names = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(root, detail=False))
-        for name in [name for name in names if name.startswith("step-")][: -self._keep]:
+        steps = [name for name in names if name.startswith("step-")]
+        kept = [name for name in steps if fs.exists(f"{root}/{name}/{MANIFEST}")][-self._keep :]
+        for name in [name for name in steps if name not in kept]:
             # Without its manifest it is no checkpoint any more, however far the rest of the removal gets.
             if fs.exists(manifest := f"{root}/{name}/{MANIFEST}"):
                 fs.rm(manifest)

@@ -13,12 +13,13 @@ import pytest
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import SERVICE, StoreClient
 from embershard.parameter_server.kernels import locate
-from embershard.parameter_server.protocol.frames import CHANNEL_OPTIONS
-from embershard.parameter_server.requests import Clock
+from embershard.parameter_server.protocol import shard_pb2 as pb
+from embershard.parameter_server.protocol.frames import CHANNEL_OPTIONS, Decoded, encode
+from embershard.parameter_server.requests import INVALID, Clock
 from embershard.parameter_server.server import ShardServer
 from embershard.parameter_server.shard import Shard
 from embershard.parameter_server.store import FencedError, StoreError, StoreTimeout
-from embershard.parameter_server.tables import Initializer, Layout, Optimizer, TableSpec
+from embershard.parameter_server.tables import Initializer, Layout, Optimizer, TableError, TableSpec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -227,6 +228,62 @@ def test_a_shard_that_does_not_answer_is_named(cluster):
         cluster.proxies[1].swallow_answers = True
         with pytest.raises(StoreTimeout, match=r"no answer from shard 1"):
             read_all(store)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (pb.Request(parts=[pb.Part(slab=7, index_bytes=4)]), "slab 7 is unknown: the shard holds 1"),
+        (
+            pb.Request(parts=[pb.Part(slab=0, index_bytes=4, blocks=b"\0\0", counts=b"\xff\xff\xff\xff")]),
+            "an index of 17179869180 bytes, 4 bytes left",
+        ),
+        (pb.Request(parts=[pb.Part(slab=0, index_bytes=3, blocks=b"\0\0", counts=b"\1\0\0\0")]), "do not match"),
+        (pb.Request(parts=[]), "a payload of 4 bytes where 0 were described"),
+    ],
+)
+def test_a_call_that_contradicts_itself_is_refused(cluster, call: pb.Request, message: str):
+    """Refused alone: the stream goes on, and the next call of the same client is answered."""
+    with cluster.connect() as store, grpc.insecure_channel(cluster.servers[0].address) as channel:
+        store.create_tables([TABLE])
+        number = np.zeros(1, np.uint32)
+        frames = [*encode(1, call.SerializeToString(), [number]), *encode(2, pb.Request().SerializeToString(), [])]
+        stream = channel.stream_stream(f"/{SERVICE}/Exchange")(iter(frames))
+        answers = [Decoded(answer) for answer, _ in zip(stream, frames, strict=False)]
+        first, second = (pb.Reply.FromString(answer.header) for answer in answers)
+        assert first.refusal == INVALID and message in first.message
+        assert not second.refusal
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (b"\x08\x01\x12\x00\x18" + b"\xff\xff\xff\xff\x7f", "34359738367 bytes announced, the limit is 2147483648"),
+        (b"\x08\x01\x12\x00\x18\x02\x2a\x03abc", "3 bytes received, 2 announced"),
+        (b"\x2a\xff\xff\xff\x7fabc", "a field of 268435455 bytes in a frame of 8"),
+        (b"\x99", "unknown field tag|cut off"),
+    ],
+)
+def test_frames_that_claim_too_much_end_their_stream_alone(cluster, frame: bytes, message: str):
+    with cluster.connect() as store, grpc.insecure_channel(cluster.servers[0].address) as channel:
+        store.create_tables([TABLE])
+        with pytest.raises(grpc.RpcError, match=message) as error:
+            next(channel.stream_stream(f"/{SERVICE}/Exchange")(iter([frame])))
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert read_all(store).shape == (ROWS, WIDTH)
+
+
+def test_rows_and_tables_that_do_not_exist(cluster):
+    with cluster.connect() as store:
+        store.create_tables([TABLE])
+        with pytest.raises(TableError, match=r"table 'items' has no row 500: its rows are 0 to 499"):
+            located(store, np.array([3, ROWS]))
+        with pytest.raises(TableError, match="unknown table 'nobody': the store holds items"):
+            store.layout.ref("nobody")
+        part, _ = located(store, np.arange(4))
+        part.index = part.index + np.uint32(10**6)
+        with pytest.raises(StoreError, match=r"shard .* refused: slab 0: row 1\d+ does not lie in block \d+"):
+            store.pull([part]).result()
 
 
 def test_a_taken_port_is_one_line():

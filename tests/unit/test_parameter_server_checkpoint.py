@@ -1,6 +1,7 @@
 """Checkpoints: any number of shards loads what any other saved; damage is found and named; nothing half-loaded."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.checkpoint import CheckpointError
 from embershard.parameter_server.requests import PushRequest, RowSet
 from embershard.parameter_server.shard import Shard
-from embershard.parameter_server.store import StoreError
+from embershard.parameter_server.store import Store, StoreError
 from embershard.parameter_server.tables import Layout, Optimizer, TableSpec
 
 BLOCKS = 70
@@ -264,6 +265,25 @@ def test_a_cut_that_cannot_be_written_is_given_up(tmp_path: Path) -> None:
         shard.load_block(3, shard.export_block(3))
     cut.close()
     shard.load_block(3, shard.export_block(3))
+
+
+def test_a_disk_that_fills_leaves_the_previous_checkpoint_valid(tmp_path: Path) -> None:
+    """The system itself refuses the bytes: no file of this process may grow beyond a few hundred."""
+    with Store.open(shards=2, blocks=BLOCKS) as store:
+        store.create_tables(SPECS)
+        store.save(str(tmp_path / "step-000000001"), step=1).result()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (256, limits[1]))
+        try:
+            with pytest.raises((StoreError, CheckpointError), match=r"step-000000002: cannot write .*: File too large"):
+                store.save(str(tmp_path / "step-000000002"), step=2).result()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not (tmp_path / "step-000000002" / "manifest.json").exists()
+        assert not list(tmp_path.rglob("*.tmp"))
+        assert checkpoint.latest(str(tmp_path))[0] == str(tmp_path / "step-000000001")
+        store.save(str(tmp_path / "step-000000003"), step=3).result()  # with room again, the next one is written
+        assert checkpoint.latest(str(tmp_path)) == (str(tmp_path / "step-000000003"), [])
 
 
 def test_a_checkpoint_without_every_block_is_not_committed(tmp_path: Path) -> None:
