@@ -133,6 +133,21 @@ def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
     return run_rounds(contenders, rounds, tell).summary(wanted)
 
 
+def bench_stream(rounds: int, path: str | None, rows: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """A shuffled epoch beside bare pyarrow decoding into numpy, one decoding thread each; without `path` on `rows`
+    generated rows of Criteo Kaggle's cardinalities."""
+    from ..datasets.synthetic import KAGGLE, generate
+
+    with tempfile.TemporaryDirectory() as folder:
+        if path is None:
+            path = str(Path(folder, "log"))
+            tell(f"generating {rows:,} rows")
+            generate(path, rows=rows, cardinalities=KAGGLE)
+        contenders = [_contender(name, "datasets.bench", name, path=path) for name in ("ours", "pyarrow")]
+        comparison = run_rounds(contenders, rounds, tell)
+    return comparison.summary({"ours_over_pyarrow": ("ours.rows_per_second", "pyarrow.rows_per_second")})
+
+
 def bench_train(
     rounds: int, peers: bool, with_torchrec: bool, dim: int, batch: int, steps: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
