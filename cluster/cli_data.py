@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,9 @@ class Source(StrEnum):
     """Formats that `convert` reads."""
 
     CRITEO = "criteo"
+    AVAZU = "avazu"
+    MOVIELENS = "movielens"
+    INTERACTIONS = "interactions"
 
 
 class OnBadRows(StrEnum):
@@ -28,36 +31,65 @@ class OnBadRows(StrEnum):
 
 
 def convert(
-    source: Annotated[Source, typer.Argument(metavar="SOURCE", help="criteo")],
+    source: Annotated[Source, typer.Argument(metavar="SOURCE", help="criteo, avazu, movielens or interactions.")],
     paths: Annotated[
         list[str], typer.Argument(metavar="INPUT... OUTPUT", help="Files or folders to read; folder to write.")
     ],
     on_bad_rows: Annotated[
         OnBadRows, typer.Option(help="Stop at a row that cannot be read, or count and skip it.")
     ] = OnBadRows.FAIL,
+    negatives: Annotated[
+        int | None, typer.Option(min=0, help="interactions, movielens: sampled rows of label 0 per row of label 1.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="interactions, movielens: of the sampled rows.")] = None,
+    positive_from: Annotated[
+        float | None, typer.Option(help="interactions, movielens: ratings from this on have label 1 (4).")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Turn a public dataset's files into Parquet that `train` reads.
 
-    criteo: the Kaggle and Terabyte click logs, plain or .gz, and the variant with a header and decimal ids.
+    criteo: the Kaggle and Terabyte click logs, and the variant with a header and decimal ids; avazu: its train files;
+    movielens: ratings.dat or its folder; interactions: lines of user, item and perhaps rating. Inputs plain or .gz,
+    inputs and output local or URLs such as s3://. A conversion that was killed goes on when started again.
 
     \b
     Examples:
+      embershard convert interactions clicks.csv clicks/ --negatives 4
       embershard convert criteo train.txt criteo/
       embershard convert criteo day_0.gz day_1.gz terabyte/ --on-bad-rows skip
     """
     if len(paths) < 2:
         raise ConfigError("convert: give at least one INPUT and the OUTPUT folder, in this order")
-    from ..datasets.criteo import convert_criteo
     from .progress import ProgressReporter
 
     *inputs, output = paths
+    sampling = {"negatives": negatives, "seed": seed, "positive_from": positive_from}
+    options = {name: value for name, value in sampling.items() if value is not None}
+    convert_source = _converter(source)
+    if options and source not in (Source.MOVIELENS, Source.INTERACTIONS):
+        flag = "--" + next(iter(options)).replace("_", "-")
+        raise ConfigError(f"convert: {flag} is for movielens and interactions, not for {source.value}")
     with ProgressReporter() as progress:
-        summary = convert_criteo(inputs, output, on_bad_rows=on_bad_rows.value, progress=progress.counter("byte"))
+        summary = convert_source(
+            inputs, output, on_bad_rows=on_bad_rows.value, progress=progress.counter("byte"), **options
+        )
     _print_record(summary)
     if json:
         print_json(summary)
+
+
+def _converter(source: Source) -> Callable[..., dict[str, Any]]:
+    if source is Source.CRITEO:
+        from ..datasets.criteo import convert_criteo as chosen
+    elif source is Source.AVAZU:
+        from ..datasets.avazu import convert_avazu as chosen
+    elif source is Source.MOVIELENS:
+        from ..datasets.interactions import convert_movielens as chosen
+    else:
+        from ..datasets.interactions import convert_interactions as chosen
+    return chosen
 
 
 def generate(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from .footers import list_files
+from .footers import fingerprint, list_files
+from .remote import RETRIES, RangeReader, is_local
 from .schema import DataError
 from .writer import Block, DatasetWriter, PartWriter
 
@@ -29,6 +31,7 @@ class BadRows:
     def __init__(self, mode: str) -> None:
         if mode not in ("fail", "skip"):
             raise DataError(f"--on-bad-rows: {mode!r} is neither fail nor skip")
+        self.mode = mode
         self.count = 0
         self.examples: list[str] = []
         self._skip = mode == "skip"
@@ -39,10 +42,13 @@ class BadRows:
         message = f"{name}, line {line}: {what}"
         if not self._skip:
             raise DataError(f"{message} (--on-bad-rows skip leaves such rows out)")
+        self.merge(1, [message])
+
+    def merge(self, count: int, examples: Sequence[str]) -> None:
+        """Adds what another one counted."""
         with self._lock:
-            self.count += 1
-            if len(self.examples) < _EXAMPLES:
-                self.examples.append(message)
+            self.count += count
+            self.examples += examples[: _EXAMPLES - len(self.examples)]
 
 
 class LineBlocks:
@@ -118,20 +124,36 @@ class LineBlocks:
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of log: its name, its columns beside `label`, and how one file becomes blocks."""
+    """A kind of log: its name, its columns beside `label`, and how one file becomes blocks.
+
+    options: what else the rows depend on; a conversion that was killed goes on only with the same.
+    """
 
     name: str
     dense: Sequence[str]
     categorical: Sequence[str]
     parse: Callable[[LineBlocks, BadRows], Iterator[Block]]
+    options: str = ""
 
 
 @dataclass(frozen=True)
-class _Input:
+class Input:
+    """A file to convert; part: the name of its Parquet file."""
+
     fs: Any
     path: str
     part: str
     size: int
+
+    def open(self) -> BinaryIO:
+        if is_local(self.fs):
+            return cast(BinaryIO, self.fs.open(self.path, "rb"))
+        return cast(BinaryIO, io.BufferedReader(RangeReader(self.fs, self.path), BLOCK_BYTES))
+
+    def origin(self, source: Source, bad: BadRows) -> str:
+        """Everything that its Parquet file depends on."""
+        found = fingerprint(self.fs, self.path) or ()
+        return json.dumps([source.name, source.options, bad.mode, self.path, *map(str, found)])
 
 
 def convert(
@@ -144,23 +166,31 @@ def convert(
 ) -> dict[str, Any]:
     """Converts files to one Parquet file each below the folder `output`, which appears complete or not at all.
 
-    Files are converted side by side, one per core, each in constant memory. progress(input bytes done, input bytes) is
-    called from their threads, one at a time.
+    inputs and output: local or fsspec URLs. Files are converted side by side, one per core, each in constant memory. A
+    conversion that was killed goes on when it is started again: files that it had finished are not read again.
+    progress(input bytes done, input bytes) is called from their threads, one at a time.
 
     Returns:
-        {output, rows, positives, label_rate, files, input_bytes, output_bytes, bad_rows, examples}.
+        {output, rows, positives, label_rate, files, files_kept (of a conversion that was killed), input_bytes,
+        output_bytes, bad_rows, examples, retries (requests to an object store that were repeated)}.
 
     Raises:
         DataError: nothing to convert, an output that exists, bad rows unless skipped, or a full disk.
     """
-    bad = BadRows(on_bad_rows)
-    files = _inputs(inputs)
+    bad, retries = BadRows(on_bad_rows), RETRIES.count
+    files = find_inputs(inputs)
     total = sum(file.size for file in files)
     tracker = _Progress(total, progress)
     with DatasetWriter(output) as target:
         try:
-            with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
-                jobs = [pool.submit(_convert_file, source, file, target.folder, bad, tracker) for file in files]
+            origins = {file.part: file.origin(source, bad) for file in files}
+            kept = target.keep(origins)
+            for part in kept.values():
+                bad.merge(part["count"], part["examples"])
+            tracker.add(sum(file.size for file in files if file.part in kept))
+            left = [file for file in files if file.part not in kept]
+            with ThreadPoolExecutor(max(1, min(len(left), os.cpu_count() or 1))) as pool:
+                jobs = [pool.submit(_convert_file, source, f, target, origins[f.part], bad, tracker) for f in left]
                 done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
                 if any(job.exception() for job in done):
                     tracker.stopped.set()
@@ -172,27 +202,33 @@ def convert(
             raise DataError(f"{output}: cannot be written: {error.strerror or error}") from error
     positives = schema.positives or 0
     return {
-        "output": str(target.output),
+        "output": target.name,
         "rows": schema.rows,
         "positives": positives,
         "label_rate": positives / schema.rows,
         "files": len(files),
+        "files_kept": len(kept),
         "input_bytes": total,
-        "output_bytes": sum(part.stat().st_size for part in target.output.glob("*.parquet")),
+        "output_bytes": target.bytes,
         "bad_rows": bad.count,
         "examples": bad.examples,
+        "retries": RETRIES.count - retries,
     }
 
 
-def _inputs(inputs: Sequence[str]) -> list[_Input]:
-    """The files to convert, each with the name of its Parquet file."""
+def find_inputs(inputs: Sequence[str]) -> list[Input]:
+    """The files to convert, each with the name of its Parquet file.
+
+    Raises:
+        DataError: none given, or one that is not there.
+    """
     found = [(fs, path) for given in inputs for fs, paths in [list_files(given, suffix="")] for path in paths]
     if not found:
         raise DataError("nothing to convert: name at least one file or folder")
     stems = [_EXTENSION.sub("", os.path.basename(path)) for _, path in found]
     numbered = len(set(stems)) < len(stems)
     return [
-        _Input(fs, path, f"{number:05d}-{stem}.parquet" if numbered else f"{stem}.parquet", int(fs.size(path)))
+        Input(fs, path, f"{number:05d}-{stem}.parquet" if numbered else f"{stem}.parquet", int(fs.size(path)))
         for number, ((fs, path), stem) in enumerate(zip(found, stems, strict=True))
     ]
 
@@ -213,21 +249,31 @@ class _Progress:
                 self._callback(self._done, self._total)
 
 
-def _convert_file(source: Source, file: _Input, folder: Any, bad: BadRows, tracker: _Progress) -> None:
-    reported = 0
+def _convert_file(
+    source: Source, file: Input, target: DatasetWriter, origin: str, bad: BadRows, tracker: _Progress
+) -> None:
+    """Parses on this thread and writes on another, so that one file alone keeps two cores busy."""
+    reported, own, staged = 0, BadRows(bad.mode), target.staged(file.part)
     with (
-        file.fs.open(file.path, "rb") as raw,
-        PartWriter(
-            folder / file.part, source=source.name, dense=source.dense, categorical=source.categorical
-        ) as writer,
+        file.open() as raw,
+        PartWriter(staged, source=source.name, dense=source.dense, categorical=source.categorical) as writer,
+        ThreadPoolExecutor(1) as behind,
     ):
-        text = LineBlocks(cast(BinaryIO, raw if raw.seekable() else io.BytesIO(raw.read())), file.path, bad)
-        for block in source.parse(text, bad):
+        text = LineBlocks(raw, file.path, own)
+        written: Future[None] | None = None
+        for block in source.parse(text, own):
             if tracker.stopped.is_set():
                 return
-            writer.write(block)
+            if written is not None:
+                written.result()
+            written = behind.submit(writer.write, block)
             tracker.add(text.position - reported)
             reported = text.position
+        if written is not None:
+            written.result()
+        writer.state(origin, own.count, own.examples)
+    bad.merge(own.count, own.examples)
     tracker.add(file.size - reported)
     if not writer.rows:
         raise DataError(f"{file.path}: no usable row in the whole file")
+    target.publish(file.part)

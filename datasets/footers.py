@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from .remote import RETRIES, RangeReader, filesystem, is_local
 from .schema import DataError
 
+INCOMPLETE = "_incomplete"  # lies in a folder of an object store until all its files are there
 _FOOTER_THREADS = 8
 _PARTITION = re.compile(r"([^=/]+)=([^/]*)")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -55,6 +56,11 @@ class DataFile:
             raise DataError(f"{self.path}: the file vanished or changed while it was being read; start again")
 
     @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return int(self.fingerprint[0])
+
+    @property
     def is_local(self) -> bool:
         return is_local(self.fs)
 
@@ -89,7 +95,7 @@ def list_files(path: str, suffix: str = ".parquet") -> tuple[Any, list[str]]:
     return fs, paths
 
 
-def _find(path: str, suffix: str) -> tuple[Any, str, list[str]]:
+def _find(path: str, suffix: str, unfinished: bool = False) -> tuple[Any, str, list[str]]:
     """(filesystem, the folder that names are relative to, sorted paths)."""
     if not path:
         raise DataError("no path given: name a Parquet file, a folder of them, a pattern or a URL")
@@ -113,6 +119,8 @@ def _find(path: str, suffix: str) -> tuple[Any, str, list[str]]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be listed: {first_line(error)}") from error
+    if not unfinished and any(os.path.basename(f) == INCOMPLETE for f in found):
+        raise DataError(f"{path}: not complete: the command that writes it was stopped or still runs; run it again")
     visible = sorted({f for f in found if f.endswith(suffix) and not _hidden(os.path.relpath(f, root))})
     if not visible:
         raise DataError(f"{path}: no *{suffix} files in this folder (raw logs go through `embershard convert` first)")
@@ -130,13 +138,15 @@ def _hidden(relative: str) -> bool:
     return any(part.startswith(("_", ".")) for part in relative.split("/"))
 
 
-def read_footers(path: str) -> list[DataFile]:
+def read_footers(path: str, unfinished: bool = False) -> list[DataFile]:
     """The files of a data set, in the order of their paths. Folders `name=value/` below `path` are columns too.
+
+    unfinished: also where not all files are there yet.
 
     Raises:
         DataError: nothing there, or a file that is not Parquet or cut short.
     """
-    fs, root, paths = _find(path, ".parquet")
+    fs, root, paths = _find(path, ".parquet", unfinished)
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(paths))) as pool:
         return _with_partitions(list(pool.map(lambda p: _read_footer(fs, p, os.path.relpath(p, root)), paths)))
 

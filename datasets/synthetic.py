@@ -149,11 +149,12 @@ def generate(
     names = [f"i{k + 1}" for k in range(dense)], [f"c{f + 1}" for f in range(len(cardinalities))]
     blocks = [(first, min(_BLOCK_ROWS, rows - first)) for first in range(0, rows, _BLOCK_ROWS)]
     with DatasetWriter(output) as target, ThreadPoolExecutor(1) as ahead:
+        target.keep({})
         drawn = ahead.submit(model.draw, seed, *blocks[0])
         for part, start in enumerate(range(0, len(blocks), _FILE_BLOCKS)):
-            path = target.folder / f"part-{part:05d}.parquet"
+            name = f"part-{part:05d}.parquet"
             with PartWriter(
-                path,
+                target.staged(name),
                 source="generated",
                 dense=names[0],
                 categorical=names[1],
@@ -167,10 +168,11 @@ def generate(
                     writer.write(block)
                     if progress is not None:
                         progress(sum(blocks[number]), rows)
+            target.publish(name)
         schema = target.finish()
     positives = schema.positives or 0
     return {
-        "output": str(target.output),
+        "output": target.name,
         "rows": schema.rows,
         "positives": positives,
         "label_rate": positives / schema.rows,

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import file_metadata, load_schema
+from .files import file_metadata, join_moments, schema_of
+from .footers import INCOMPLETE, read_footers
+from .remote import RETRIES, RangeReader, filesystem, is_local
 from .schema import CategoricalColumn, DataError, DenseColumn, Schema
 from .sketch import DistinctSketch
 
 ROW_GROUP_ROWS = 32_768
 SUMMARY = "_embershard.json"  # readers of Parquet folders pass over names that begin with `_`
+ORIGIN_KEY = b"embershard.origin"
 _LOCK = "lock"
 
 
@@ -52,6 +60,8 @@ class PartWriter:
         self._cardinalities, self._best_auc = cardinalities, best_auc
         self._nulls = np.zeros(len(dense) + len(categorical), np.int64)
         self._sketch = DistinctSketch(categorical)
+        self._moments = [(0, 0.0, 0.0) for _ in dense]
+        self._origin: str | None = None
         self._schema = pa.schema(
             [("label", pa.int8()), *((n, pa.int32()) for n in dense), *((n, pa.int64()) for n in categorical)]
         )
@@ -66,7 +76,16 @@ class PartWriter:
         self.rows += len(block.labels)
         self.positives += int(block.labels.sum(dtype=np.int64))
         self._nulls += np.concatenate([block.dense_null.sum(axis=1), block.ids_null.sum(axis=1)])
+        for k, (values, null) in enumerate(zip(block.dense, block.dense_null, strict=True)):
+            present = values[~null]
+            if len(present):
+                one = (len(present), float(present.mean()), float(present.var(dtype=np.float64)) * len(present))
+                self._moments[k] = join_moments(self._moments[k], one)
         self._sketch.add(np.ascontiguousarray(block.ids), ~block.ids_null)
+
+    def state(self, origin: str, count: int, examples: Sequence[str]) -> None:
+        """What the file is made from, and its bad rows: for the conversion that goes on after this one was killed."""
+        self._origin = json.dumps({"origin": origin, "count": count, "examples": list(examples)})
 
     def _describe(self) -> Schema:
         missing = [float(share) for share in self._nulls / max(1, self.rows)]
@@ -75,7 +94,10 @@ class PartWriter:
         return Schema(
             source=self._source,
             label="label",
-            dense=[DenseColumn(name=n, missing=m) for n, m in zip(self._dense, missing, strict=False)],
+            dense=[
+                DenseColumn(name=n, missing=m, mean=mean, deviation=math.sqrt(squares / max(1, count)))
+                for n, m, (count, mean, squares) in zip(self._dense, missing, self._moments, strict=False)
+            ],
             categorical=[
                 CategoricalColumn(
                     name=n, distinct=min(distinct[n], self.rows, c or self.rows), cardinality=c, missing=m
@@ -94,26 +116,38 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._writer.add_key_value_metadata(file_metadata(self._describe(), self._sketch))
+            stated = {} if self._origin is None else {ORIGIN_KEY.decode(): self._origin}
+            self._writer.add_key_value_metadata(file_metadata(self._describe(), self._sketch) | stated)
         self._writer.close()
 
 
 class DatasetWriter:
-    """A folder that appears complete, by one rename, or not at all. Use as a context manager.
+    """A folder that appears complete or not at all. Use as a context manager.
 
-    Files are written to `.NAME.incomplete` beside it, which a failure removes and a later writer replaces.
+    A local one is written to `.NAME.incomplete` beside it and appears by one rename. In an object store, which has no
+    rename, it holds a file `_incomplete` until all is there, and no reader takes it before. A failure removes what was
+    written; what a killed process left is taken up by the next one that writes the same (`keep`).
 
     Raises:
-        DataError: the output exists, is not on a local disk, or another process is writing it.
+        DataError: the output exists, or another process on this machine is writing it.
     """
 
     def __init__(self, output: str) -> None:
-        if "://" in output:
-            raise DataError(f"{output}: the output must be a local folder")
-        self.output = Path(os.path.abspath(output))
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+        self._fs, self._root = filesystem(output)
+        self._local = is_local(self._fs)
+        self.output = Path(os.path.abspath(self._root)) if self._local else Path(self._root)
+        self.name = str(self.output) if self._local else output
+        self._marker = f"{self._root}/{INCOMPLETE}"
+        if self._local:
+            exists = self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
+            self.folder = self.output.parent / f".{self.output.name}.incomplete"
+        else:
+            there = _find_all(self._fs, self._root)
+            exists = bool(there) and self._marker not in there
+            digest = hashlib.blake2b(output.encode(), digest_size=8).hexdigest()
+            self.folder = Path(tempfile.gettempdir(), f"embershard-{digest}.incomplete")
+        if exists:
             raise DataError(f"{output}: exists already; remove it or name another output")
-        self.folder = self.output.parent / f".{self.output.name}.incomplete"
 
     def __enter__(self) -> DatasetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,23 +156,87 @@ class DatasetWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise DataError(f"{self.output}: another process is writing it") from error
-        for left_over in self.folder.iterdir():
-            if left_over.name != _LOCK:
-                left_over.unlink()
+            raise DataError(f"{self.name}: another process is writing it") from error
+        if not self._local:
+            RETRIES.call(lambda: self._fs.pipe_file(self._marker, b""), self._marker)
         return self
+
+    def staged(self, part: str) -> Path:
+        """Where a part is written before it is published."""
+        return self.folder / f"_{part}"
+
+    def keep(self, origins: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Of `origins` (part: what it is made from) those that are there already, with their bad rows; the rest goes.
+
+        Returns:
+            {part: {count, examples}}.
+        """
+        kept = {}
+        for path in self._parts():
+            stated = _stated(self._fs, path)
+            part = os.path.basename(path)
+            if stated is not None and origins.get(part) == stated["origin"]:
+                kept[part] = stated
+            else:
+                self._fs.rm_file(path)
+        for staged in self.folder.glob("_*"):
+            staged.unlink()
+        return kept
+
+    def publish(self, part: str) -> None:
+        """A staged part is complete."""
+        if self._local:
+            os.rename(self.staged(part), self.folder / part)
+            return
+        RETRIES.call(lambda: self._fs.put_file(str(self.staged(part)), f"{self._root}/{part}"), part)
+        self.staged(part).unlink()
 
     def finish(self) -> Schema:
         """Writes the summary, last, and lets the output appear. Returns the schema of the whole."""
-        schema = load_schema(str(self.folder))
-        (self.folder / SUMMARY).write_text(schema.model_dump_json(indent=1, exclude_none=True) + "\n")
-        (self.folder / _LOCK).unlink()
-        os.rename(self.folder, self.output)
+        where = str(self.folder) if self._local else self.name
+        files = read_footers(where, unfinished=True)
+        schema = schema_of(where, files)
+        self.bytes = sum(file.size for file in files)
+        summary = (schema.model_dump_json(indent=1, exclude_none=True) + "\n").encode()
+        if self._local:
+            (self.folder / SUMMARY).write_bytes(summary)
+            (self.folder / _LOCK).unlink()
+            os.rename(self.folder, self.output)
+        else:
+            RETRIES.call(lambda: self._fs.pipe_file(f"{self._root}/{SUMMARY}", summary), SUMMARY)
+            RETRIES.call(lambda: self._fs.rm_file(self._marker), self._marker)
+            shutil.rmtree(self.folder)
         return schema
+
+    def _parts(self) -> list[str]:
+        if self._local:
+            return [str(path) for path in self.folder.glob("[!_]*.parquet")]
+        return [path for path in _find_all(self._fs, self._root) if path.endswith(".parquet")]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if kind is not None and issubclass(kind, Exception):
             shutil.rmtree(self.folder, ignore_errors=True)
+            if not self._local:
+                for path in _find_all(self._fs, self._root):
+                    self._fs.rm_file(path)
         os.close(self._lock)
+
+
+def _find_all(fs: Any, root: str) -> list[str]:
+    fs.invalidate_cache()
+    try:
+        return list(RETRIES.call(lambda: fs.find(root), root))
+    except FileNotFoundError:
+        return []
+
+
+def _stated(fs: Any, path: str) -> dict[str, Any] | None:
+    """What `PartWriter.state` wrote into a Parquet file; None where it did not, or the file is not whole."""
+    try:
+        with pq.ParquetFile(RangeReader(fs, path)) as file:
+            stated: dict[str, Any] = json.loads((file.metadata.metadata or {})[ORIGIN_KEY])
+            return stated
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return None

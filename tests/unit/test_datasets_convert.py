@@ -8,12 +8,15 @@ import sys
 import textwrap
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from embershard.datasets import convert as conversion
 from embershard.datasets.criteo import NAMES, convert_criteo
 from embershard.datasets.files import load_schema
 from embershard.datasets.schema import DataError
+from embershard.datasets.stream import ParquetStream
 from embershard.datasets.writer import DatasetWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
@@ -175,8 +178,6 @@ def test_existing_output_and_a_second_writer_are_refused(tmp_path):
     convert_criteo([str(path)], output)
     with pytest.raises(DataError, match="exists already; remove it or name another output"):
         convert_criteo([str(path)], output)
-    with pytest.raises(DataError, match="must be a local folder"):
-        convert_criteo([str(path)], "memory://out")
 
 
 def test_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -191,24 +192,106 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
 
 KILLED = """
     import os, signal, sys
+    from embershard.datasets import convert, writer
     from embershard.datasets.criteo import convert_criteo
-    convert_criteo(sys.argv[1:3], sys.argv[3], progress=lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
+    convert.os.cpu_count = lambda: 1
+    publish = writer.DatasetWriter.publish
+    def second(self, part):
+        if part == "day_1.parquet":
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(self, part)
+    writer.DatasetWriter.publish = second
+    convert_criteo(sys.argv[1:4], sys.argv[4], on_bad_rows="skip")
 """
 
 
-def test_killed_conversion_leaves_nothing_that_looks_finished_and_can_be_repeated(tmp_path):
-    inputs = [str(write(tmp_path / f"day_{n}", [line(k) for k in range(100)])) for n in range(2)]
-    output = tmp_path / "out"
+def _inputs(folder: Path) -> list[str]:
+    return [str(write(folder / f"day_{n}", ["bad", *(line(k) for k in range(100))])) for n in range(3)]
+
+
+def _killed(inputs: list[str], output: Path) -> None:
     process = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), *inputs, str(output)], check=False)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_conversion_leaves_nothing_that_looks_finished_and_goes_on_file_by_file(tmp_path, monkeypatch):
+    inputs, output = _inputs(tmp_path), tmp_path / "out"
+    _killed(inputs, output)
     assert not output.exists()
-    assert os.listdir(tmp_path / ".out.incomplete")
+    assert sorted(os.listdir(tmp_path / ".out.incomplete")) == ["_day_1.parquet", "day_0.parquet", "lock"]
     with pytest.raises(DataError, match=r"no \*\.parquet files"):
-        (tmp_path / "day_0").unlink(), (tmp_path / "day_1").unlink()
         load_schema(str(tmp_path))
-    inputs = [str(write(tmp_path / f"day_{n}", [line(k) for k in range(100)])) for n in range(2)]
-    assert convert_criteo(inputs, str(output))["rows"] == 200
+    opened = []
+    open_input = conversion.Input.open
+    monkeypatch.setattr(conversion.Input, "open", lambda self: opened.append(self.path) or open_input(self))
+    summary = convert_criteo(inputs, str(output), on_bad_rows="skip")
+    assert sorted(opened) == inputs[1:]
+    assert (summary["rows"], summary["files_kept"], summary["bad_rows"]) == (300, 1, 3)
+    assert len(summary["examples"]) == 3
+    assert rows_of(output) == [reference.criteo_row(line(k), True) for _ in range(3) for k in range(100)]
     assert not (tmp_path / ".out.incomplete").exists()
+
+
+@pytest.mark.parametrize("change", ["input", "mode"])
+def test_a_finished_file_of_another_input_or_other_options_is_not_kept(tmp_path, change):
+    inputs, output = _inputs(tmp_path), tmp_path / "out"
+    _killed(inputs, output)
+    if change == "input":
+        write(Path(inputs[0]), [line(k) for k in range(50)])
+        assert convert_criteo(inputs, str(output), on_bad_rows="skip")["rows"] == 250
+    else:
+        with pytest.raises(DataError, match="day_0, line 1"):
+            convert_criteo(inputs[:1], str(output))
+
+
+def test_output_in_an_object_store_is_not_read_before_it_is_complete(tmp_path, monkeypatch):
+    output = f"memory://{tmp_path.name}/out"
+    inputs = _inputs(tmp_path)
+
+    def killed(self: DatasetWriter, part: str) -> None:
+        if part == "day_1.parquet":
+            raise KeyboardInterrupt
+        publish(self, part)
+
+    publish = DatasetWriter.publish
+    monkeypatch.setattr(DatasetWriter, "publish", killed)
+    monkeypatch.setattr(conversion.os, "cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        convert_criteo(inputs, output, on_bad_rows="skip")
+    with pytest.raises(DataError, match="not complete: the command that writes it was stopped or still runs"):
+        load_schema(output)
+    monkeypatch.setattr(DatasetWriter, "publish", publish)
+    summary = convert_criteo(inputs, output, on_bad_rows="skip")
+    assert (summary["rows"], summary["files_kept"], summary["output"]) == (300, 1, output)
+    schema = load_schema(output)
+    assert (schema.rows, schema.positives) == (300, 150)
+    stream = ParquetStream(output, batch_size=64, schema=schema)
+    assert sum(batch.rows for batch in stream.batches(0)) == 300
+    with pytest.raises(DataError, match="exists already"):
+        convert_criteo(inputs, output)
+    with pytest.raises(DataError, match="day_0, line 1"):
+        convert_criteo(inputs, output + "2")
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_schema(output + "2")
+
+
+def test_remote_inputs_are_read_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "BLOCK_BYTES", 1000)
+    path = write(tmp_path / "day_0.gz", [line(k) for k in range(100)])
+    fs = fsspec.filesystem("memory")
+    fs.put_file(str(path), f"/{tmp_path.name}/in/day_0.gz")
+    convert_criteo([f"memory://{tmp_path.name}/in"], str(tmp_path / "out"))
+    assert rows_of(tmp_path / "out") == [reference.criteo_row(line(k), True) for k in range(100)]
+
+
+def test_metadata_states_mean_and_deviation(tmp_path):
+    lines = [line(k) for k in range(200)]
+    inputs = [str(write(tmp_path / "a", lines[:30])), str(write(tmp_path / "b", lines[30:]))]
+    convert_criteo(inputs, str(tmp_path / "out"))
+    column = load_schema(str(tmp_path / "out")).dense[4]
+    values = np.array([row["i5"] for row in rows_of(tmp_path / "out") if row["i5"] is not None])
+    assert column.mean == pytest.approx(values.mean())
+    assert column.deviation == pytest.approx(values.std())
 
 
 @pytest.mark.parametrize(
