@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import pickle
 from itertools import combinations
 from typing import Any
 
 import pytest
 from embershard.datasets.schema import CategoricalColumn, Schema
 from embershard.parameter_server.tables import Optimizer
-from embershard.workers.embeddings.base import EmbeddingError, Feature, Method
+from embershard.workers.embeddings.base import EmbeddingError, Feature, Method, UnreachableRatio
 from embershard.workers.embeddings.moduli import chinese_remainder, problem, quotient_remainder, within
 from embershard.workers.embeddings.planning import (
     EmbeddingConfig,
@@ -203,6 +204,13 @@ def test_a_ratio_is_reached_or_refused_with_one_that_is(method: str, n: int, rat
 def test_sizes_that_cannot_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(EmbeddingError, match=message):
         numbers(**{"cardinality": 100_000, "dim": 16, **options})
+
+
+def test_the_error_of_a_ratio_survives_the_way_between_processes() -> None:
+    with pytest.raises(UnreachableRatio) as caught:
+        numbers(method="memcom", cardinality=1000, dim=16, ratio=20)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.reachable == caught.value.reachable == 16_000 / 1016
 
 
 def test_memcom_by_modulo_needs_a_cardinality() -> None:

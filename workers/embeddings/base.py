@@ -73,6 +73,10 @@ class UnreachableRatio(EmbeddingError):
         super().__init__(message)
         self.reachable = reachable
 
+    def __reduce__(self) -> tuple[type[UnreachableRatio], tuple[str, float]]:
+        # Errors travel between processes; by default only the message would.
+        return type(self), (str(self), self.reachable)
+
 
 class FeatureOptions(PartialOptions):
     """How a feature's vectors are composed. What is None here is left to the method."""
