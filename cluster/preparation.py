@@ -12,6 +12,7 @@ from ..parameter_server import kernels as shard_kernels
 from ..parameter_server.blocks import BlockMap
 from ..workers.embeddings import kernels as worker_kernels
 from ..workers.embeddings.planning import build_method, feature_table, plan_features
+from ..workers.placement import choose_placement
 from .config import RunConfig
 from .errors import ConfigError
 from .formatting import aligned
@@ -37,6 +38,7 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     methods = [build_method(feature, optimizer) for feature in plan_features(schema, config.embedding, config.seed)]
     for line in feature_lines(feature_table(methods)):
         progress.note(line)
+    progress.note(choose_placement(config.job())[1])
     progress.note("loading kernels (the first time on a machine compiles them)")
     for room in (dataset_kernels, shard_kernels, worker_kernels):
         room.warm_up()

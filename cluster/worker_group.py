@@ -45,6 +45,7 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresse
             "job": config.job(),
             "namespace": namespace,
             "addresses": list(addresses),
+            "blocks": config.store.blocks,
             "timeout": config.store.timeout,
             "generation": folder.generation,
             "checkpoints": str(folder.checkpoints),

@@ -15,6 +15,8 @@ import torch
 from ..parameter_server.allocator import keep_freed_memory
 from ..parameter_server.store import Store
 from ..workers.job import TrainingJob
+from ..workers.placement import choose_placement
+from ..workers.replicated import ReplicatedStore, all_gather_bytes
 from ..workers.trainer import train
 from .coordinator import NAME
 
@@ -22,14 +24,15 @@ STOP_POLL_SECONDS = 0.5
 
 
 def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """assignment: job, namespace, addresses of the shards, timeout, generation, folder of the checkpoints."""
+    """assignment: job, namespace, addresses of the shards, blocks, timeout, generation, folder of the checkpoints."""
     keep_freed_memory()
     coordinator = ray.get_actor(NAME, namespace=assignment["namespace"])
     context = ray.train.get_context()
     job: TrainingJob = assignment["job"]
+    job.embedding.placement, _ = choose_placement(job)
     _use_threads(job, context.get_local_world_size())
     stop = StopFlag(coordinator)
-    with Store.connect(assignment["addresses"], timeout=assignment["timeout"]) as store:
+    with _open_store(job, assignment, context.get_world_size()) as store:
         try:
             return train(
                 job,
@@ -45,6 +48,14 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
             )
         finally:
             stop.close()
+
+
+def _open_store(job: TrainingJob, assignment: Mapping[str, Any], workers: int) -> Store:
+    timeout = assignment["timeout"]
+    if job.embedding.placement == "sharded":
+        return Store.connect(assignment["addresses"], timeout=timeout)
+    others = {"exchange": all_gather_bytes()} if workers > 1 else {}
+    return ReplicatedStore(blocks=assignment["blocks"], seed=job.seed, timeout=timeout, **others)
 
 
 def _use_threads(job: TrainingJob, workers_here: int) -> None:

@@ -24,6 +24,7 @@ from .metrics import BinaryMetrics
 from .network import Network, NetworkSpec, dense_tensors, describe, load_dense, methods_of
 from .pipeline import Pipeline
 from .progress import Meter
+from .replicated import ReplicatedStore
 
 __all__ = ["CheckpointConfig", "TrainConfig", "TrainingJob", "train"]
 
@@ -98,6 +99,11 @@ class _Run:
         self.samples = 0
         self.meter = Meter(store, self.stream, group.device)
 
+    @property
+    def _replicated(self) -> bool:
+        """Whether every worker has to do to its own store what rank 0 does to shared shards."""
+        return isinstance(self.store, ReplicatedStore)
+
     def _open(self, path: str, schema: Schema, batch_size: int, shuffle: bool) -> ParquetStream:
         data = self.job.data
         return ParquetStream(
@@ -120,7 +126,7 @@ class _Run:
         self.learner = Learner(self.network, self.job.optimizer, total_steps=total, wrap=wrap, group=self.group)
         if found is not None:
             self._take_up(found)
-        if self.group.rank == 0:
+        if self.group.rank == 0 or self._replicated:
             self.store.begin(self.generation, self.group.workers, self.step)
         self.group.barrier()
         self._seed()
@@ -140,6 +146,11 @@ class _Run:
             elif self.job.train.init_from is not None:
                 self.report({"note": load_by_name(self.store, self.job.train.init_from)})
         found = self.group.from_first(found)
+        if self.group.rank and self._replicated:
+            if found is not None:
+                self.store.load(found.path)
+            elif self.job.train.init_from is not None:
+                load_by_name(self.store, self.job.train.init_from)
         if found is not None:
             self.step, self.samples = found.step, int(found.state["samples"])
         return found

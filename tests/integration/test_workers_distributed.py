@@ -62,9 +62,9 @@ def run_workers(folder: Path, parts: list[dict[str, Any]], workers: int = 2) -> 
     assert [process.returncode for process in processes] == [0] * workers, errors
 
 
-def explicit_alone(kind: str, config: OptimizerConfig) -> dict[str, np.ndarray]:
+def explicit_alone(kind: str, config: OptimizerConfig, embedding: dict[str, Any]) -> dict[str, np.ndarray]:
     with Store.open(shards=1, blocks=BLOCKS, seed=5) as store:
-        net = network(store, sparse=kind)
+        net = network(store, sparse=kind, **embedding)
         store.begin(1, 1, 0)
         learner = Learner(net, config, total_steps=STEPS)
         for step, batch in enumerate(batches(STEPS, BATCH_ROWS), 1):
@@ -96,7 +96,11 @@ def job(data: Path, **sections: Any) -> TrainingJob:
 
 
 def test_two_workers(data: Path, tmp_path: Path) -> None:
-    """One start of two processes for all of: equal to one worker on explicit batches; train, stop, resume."""
+    """One start of two processes for all of: equal to one worker on explicit batches; train, stop, resume.
+
+    Resumed once with the tables in both workers, and once more with shards.
+    """
+    mlet = {"method": "mlet", "inner_dim": 8}
     configs = {
         kind: OptimizerConfig(
             sparse=SparseConfig(kind=kind, learning_rate=0.1), dense=DenseConfig(kind="adagrad", learning_rate=0.1)
@@ -104,29 +108,39 @@ def test_two_workers(data: Path, tmp_path: Path) -> None:
         for kind in ("sgd", "rowwise_adagrad")
     }
     whole = {"kind": "whole", "directory": str(tmp_path / "checkpoints"), "job": job(data).model_dump(mode="json")}
-    with shards(2) as a, shards(3) as b, shards(2) as c, shards(3) as d, shards(2) as e:
+    with shards(2) as a, shards(3) as b, shards(2) as c, shards(3) as d, shards(2) as e, shards(2) as f:
+        cases: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+            "sgd": ("sgd", {}, {"addresses": a}),
+            "rowwise_adagrad": ("rowwise_adagrad", {}, {"addresses": b}),
+            "mlet": ("rowwise_adagrad", mlet, {"addresses": f}),
+            "replicated": ("rowwise_adagrad", {}, {}),
+        }
         explicit = [
             {
                 "kind": "explicit",
-                "addresses": addresses,
                 "sparse": kind,
-                "optimizer": config.model_dump(mode="json"),
+                "embedding": embedding,
+                "optimizer": configs[kind].model_dump(mode="json"),
                 "steps": STEPS,
                 "rows": BATCH_ROWS,
-                "output": str(tmp_path / f"{kind}.npz"),
+                "output": str(tmp_path / f"{name}.npz"),
+                **where,
             }
-            for addresses, (kind, config) in zip((a, b), configs.items(), strict=True)
+            for name, (kind, embedding, where) in cases.items()
         ]
         stopped = whole | {"addresses": c, "generation": 1, "stop": True, "output": str(tmp_path / "stopped.json")}
-        resumed = whole | {"addresses": d, "generation": 2, "stop": False, "output": str(tmp_path / "resumed.json")}
+        inside = whole | {"generation": 2, "stop": True, "output": str(tmp_path / "inside.json")}
+        resumed = whole | {"addresses": d, "generation": 3, "stop": False, "output": str(tmp_path / "resumed.json")}
         poisoned = {"kind": "poisoned", "addresses": e, "rows": BATCH_ROWS, "output": str(tmp_path / "poisoned")}
-        run_workers(tmp_path, [*explicit, stopped, resumed, poisoned])
+        run_workers(tmp_path, [*explicit, stopped, inside, resumed, poisoned])
 
-    for kind, config in configs.items():
-        alone, together = explicit_alone(kind, config), np.load(tmp_path / f"{kind}.npz")
+    for case, (kind, embedding, _) in cases.items():
+        alone, together = explicit_alone(kind, configs[kind], embedding), np.load(tmp_path / f"{case}.npz")
         assert set(alone) == set(together.files)
         for name in alone:
-            np.testing.assert_allclose(together[name], alone[name], rtol=2e-4, atol=2e-6, err_msg=f"{kind} {name}")
+            np.testing.assert_allclose(together[name], alone[name], rtol=2e-4, atol=2e-6, err_msg=f"{case} {name}")
+    both = [np.load(tmp_path / f"{case}.npz") for case in ("replicated", "rowwise_adagrad")]
+    assert all(np.array_equal(both[0][name], both[1][name]) for name in both[0].files)
 
     told = [json.loads((tmp_path / f"poisoned.{rank}").read_text()) for rank in range(2)]
     assert told[0] == told[1], "a NaN of one worker ends the step for all, with the same words"
@@ -135,12 +149,14 @@ def test_two_workers(data: Path, tmp_path: Path) -> None:
 
     first = json.loads((tmp_path / "stopped.json").read_text())["summary"]
     assert first["stopped"] and 10 <= first["steps"] < 15 and first["eval"] is None
+    middle = json.loads((tmp_path / "inside.json").read_text())["summary"]
+    assert middle["stopped"] and first["steps"] < middle["steps"] < first["steps"] + 15 and middle["wire_bytes"] > 0
     second = json.loads((tmp_path / "resumed.json").read_text())
     summary, records = second["summary"], second["records"]
     assert summary["samples"] == ROWS and not summary["stopped"] and summary["workers"] == 2
     assert summary["eval"]["samples"] == 700
     assert summary["wire_bytes"] > 0 and summary["rows_pulled"] > 0 and summary["rows_pushed"] > 0
-    assert any(f"step-{first['steps']:09d}" in record.get("note", "") for record in records)
+    assert any(f"step-{middle['steps']:09d}" in record.get("note", "") for record in records)
     assert read_manifest(summary["checkpoint"]).state["samples"] == ROWS
 
 

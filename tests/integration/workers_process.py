@@ -19,6 +19,7 @@ from embershard.workers.learner import Learner
 from embershard.workers.network import dense_tensors
 from embershard.workers.optimizers import OptimizerConfig
 from embershard.workers.pipeline import Pipeline
+from embershard.workers.replicated import ReplicatedStore, all_gather_bytes
 from embershard.workers.trainer import train
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,9 +31,10 @@ def explicit(task: dict[str, Any], store: Store, rank: int, workers: int) -> Non
     """Steps on explicit batches; rank 0 writes what came out."""
     if rank:
         dist.barrier()
-    net = network(store, sparse=task["sparse"])
-    if not rank:
+    net = network(store, sparse=task["sparse"], **task["embedding"])
+    if not rank or "addresses" not in task:
         store.begin(1, workers, 0)
+    if not rank:
         dist.barrier()
     dist.barrier()
     config = OptimizerConfig.model_validate(task["optimizer"])
@@ -96,13 +98,20 @@ def whole(task: dict[str, Any], store: Store, rank: int, workers: int) -> None:
         Path(task["output"]).write_text(json.dumps({"summary": summary, "records": records}))
 
 
+def open_store(part: dict[str, Any]) -> Store:
+    """The shards of a part, or all tables in this process."""
+    if "addresses" in part:
+        return Store.connect(part["addresses"], timeout=60)
+    return ReplicatedStore(blocks=40, seed=5, exchange=all_gather_bytes())
+
+
 def main() -> None:
     task, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     torch.set_num_threads(1)
     workers = task["workers"]
     dist.init_process_group("gloo", init_method=f"file://{task['rendezvous']}", rank=rank, world_size=workers)
     for part in task["parts"]:
-        with Store.connect(part["addresses"], timeout=60) as store:
+        with open_store(part) as store:
             {"explicit": explicit, "poisoned": poisoned, "whole": whole}[part["kind"]](part, store, rank, workers)
             dist.barrier()
     dist.destroy_process_group()

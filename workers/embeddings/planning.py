@@ -54,7 +54,9 @@ class FeatureOverride(PartialOptions):
 class EmbeddingConfig(FeatureOptions):
     """The `embedding` section of a run."""
 
-    placement: Literal["sharded"] = Field(default="sharded", description="where the tables live")
+    placement: Literal["sharded", "replicated", "auto"] = Field(
+        default="sharded", description="where the tables live: on the shards, in every worker, or as their bytes say"
+    )
     bytes: int | None = Field(
         default=None, gt=0, description="float32 bytes of all embeddings together, instead of a ratio"
     )
