@@ -12,7 +12,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -183,7 +183,10 @@ class ShardedStore(Store):
                 self._background.submit(self._control, shard, "write", {"cut": cut, "directory": directory})
                 for shard, cut in enumerate(cuts)
             ]
-            dense_entry = checkpoint.write_dense(directory, dense)
+            try:
+                dense_entry = checkpoint.write_dense(directory, dense)
+            finally:
+                wait(calls)  # whatever fails, no shard is left writing when the next cut is made
             blocks = [entry for call in calls for entry in call.result()]
             return checkpoint.commit(directory, self.layout, step, blocks, dense_entry, dict(state or {}))
 
