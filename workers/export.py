@@ -60,7 +60,7 @@ def export(
 ) -> dict[str, Any]:
     """Writes the model of a checkpoint to `output`, opens it again and compares its answers with those of training.
 
-    data: Parquet whose first rows are compared; without it, random ids and no AUC.
+    data: Parquet whose first rows are compared; without it, or where features are bags, random ids and no AUC.
 
     Returns output, format, step, file_bytes, full_file_bytes, embedding_bytes, full_embedding_bytes, rows_compared,
     largest_difference, auc, auc_in_training, latency_us and full_latency_us (median of one thread answering 64 rows by
@@ -78,6 +78,8 @@ def export(
         raise ExportError(f"{output}: there is no folder {path.absolute().parent}; create it first")
     with open_network(checkpoint) as (network, manifest), torch.no_grad(), _one_thread():
         exporter = _Exporter(network, format)
+        if network.spec.data.has_bags:
+            data = None
         batches = list(_batches(network, data, missing_id))
         temporary = path.with_name(f"{path.name}.tmp")
         try:
@@ -173,8 +175,8 @@ def single_ids(batch: Batch) -> Tensor:
 
 
 def _batches(network: Network, data: str | None, missing_id: int) -> Iterator[Batch]:
-    """What is compared: the first rows of the data, or random ids where there is none or features are bags."""
-    if data is None or network.spec.data.has_bags:
+    """What is compared: the first rows of the data, or random ids without any."""
+    if data is None:
         yield random_batch(network.spec.features, len(network.spec.data.dense), RANDOM_ROWS)
         return
     schema, rows = network.spec.data, 0

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from embershard.datasets.schema import DataConfig
@@ -121,7 +123,7 @@ def test_the_page_reads_the_file(checkpoint: Any, tmp_path: Path, monkeypatch: p
 MAPS = [
     RowMap("hash", 1000, seed=2**64 - 5),
     RowMap("index", 40, limit=40),
-    RowMap("hash", 2**40 + 7, seed=77),
+    RowMap("hash", 2**40 - 3, seed=77),
     RowMap("index", 13, divisor=7),
     RowMap("index", 13, divisor=7, limit=50, wrap=True),
     RowMap("hash", 50, seed=3, limit=40, wrap=True),
@@ -179,11 +181,16 @@ def test_a_checkpoint_that_is_not_finished(tmp_path: Path) -> None:
         export(str(tmp_path / "step-000000001"), str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize(
+    ("compose", "operation"),
+    [(lambda rows: torch.tanh(rows[0]), "tanh"), (lambda rows: torch.cat([rows[0], rows[0]], 0), "cat")],
+)
 def test_a_composition_without_a_word_in_the_layout(
-    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compose: Any, operation: str, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MEmCom, "compose", lambda self, rows: torch.tanh(rows[1] * rows[0]))
-    with pytest.raises(EmbeddingError, match=r"'c2': method memcom composes with aten.*tanh.* use --format torch"):
+    """The layout joins along the width only."""
+    monkeypatch.setattr(MEmCom, "compose", lambda self, rows: compose(rows))
+    with pytest.raises(EmbeddingError, match=rf"'c2': method memcom composes with aten.*{operation}.* --format torch"):
         export(checkpoint("memcom"), str(tmp_path / "model"))
 
 
@@ -194,6 +201,30 @@ def test_onnx_has_limits(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r'onnxruntime is not installed: pip install "embershard\[export\]"'):
         export(checkpoint("full"), str(tmp_path / "model"), format="onnx")
+
+
+def test_a_bag_is_looked_up_id_by_id(tmp_path: Path) -> None:
+    """safetensors takes bags, compared on random ids; a module with one id per feature cannot."""
+    rng = np.random.default_rng(0)
+    bags = [rng.integers(0, 50, rng.integers(0, 4)).tolist() for _ in range(300)]
+    columns = {"label": rng.integers(0, 2, 300), "one": rng.integers(0, 9, 300), "many": bags}
+    pq.write_table(pa.table(columns), tmp_path / "data.parquet")
+    data = DataConfig(path=str(tmp_path / "data.parquet"), label="label", dense=[], categorical=["one"], bags=["many"])
+    embedding = EmbeddingConfig(method="hash", rows=20, dim=4, pooling="mean")
+    job = TrainingJob(data=data, model=ModelConfig(top=[8]), embedding=embedding, train=TrainConfig(threads=1))
+    with Store.open(blocks=20) as store:
+        checkpoint = train(job, store, directory=str(tmp_path / "run"))["checkpoint"]
+    result = export(checkpoint, str(tmp_path / "model"), data=str(tmp_path / "data.parquet"))
+    assert result["rows_compared"] > 0 and "auc" not in result
+    described, tensors = export_lookup.open_export(str(tmp_path / "model"))
+    assert [feature["pooling"] for feature in described["features"]] == ["mean", "mean"]
+    with open_network(checkpoint) as (network, _), torch.no_grad():
+        ids = {"one": np.array([3]), "many": (np.array([1, 5]), np.array([0, 2]))}
+        expected = network.embeddings(ids).numpy()[0, 1]
+    each = export_lookup.lookup(described, tensors, {"one": np.array([3, 3]), "many": np.array([1, 5])})
+    np.testing.assert_allclose(each[:, 1].mean(0), expected, rtol=1e-6)
+    with pytest.raises(ExportError, match="one id per feature, but feature 'many' is a bag: use --format safetensors"):
+        export(checkpoint, str(tmp_path / "other"), format="torch")
 
 
 def test_full_tables_that_are_too_large_are_not_built_to_be_timed(
