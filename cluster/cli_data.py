@@ -180,4 +180,6 @@ def _print_record(record: Mapping[str, Any]) -> None:
 
 def _setting(value: Any) -> str:
     """As it can be given on the command line."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {name}" for key, name in value.items()) + "}"
     return "[" + ",".join(value) + "]" if isinstance(value, list) else str(value)

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .batch import MISSING_ID
 from .decode import RowGroupReader
 from .files import schema_of
-from .footers import DataFile, read_footers
+from .footers import DataFile, is_list, is_string, read_footers
 from .order import Window, row_order
 from .schema import METADATA_KEY, DataConfig, DataError, Schema
+from .sketch import DistinctSketch
 from .window import DecodedWindow
 
 _EXAMPLES = 3
+_COUNTED_GROUPS = 16
 _LABELS = ("label", "click", "clicked", "is_click", "target", "y")
 _DENSE = re.compile(r"(i|int|dense|num)_?\d+", re.IGNORECASE)
 
@@ -27,11 +30,12 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     """Summarises the Parquet data set at `path`, also one that was not written by embershard.
 
     Returns:
-        {source, files, row_groups, rows, bytes (on disk), positives, label_rate, best_auc, columns, examples, mapping},
-        None where nobody counted. columns: a dict per column with name, role (label, dense, categorical, unused), type,
-        distinct, cardinality, missing (share of nulls). examples: the first rows. mapping: the settings data.label,
-        data.dense and data.categorical, proposed from names and types where the files do not state them. With `verify`
-        every row is read, and problems lists what is wrong with it, nothing if all is well.
+        {source, files, row_groups, rows, bytes (on disk), positives, label_rate, counted_rows, best_auc, columns,
+        examples, mapping}, None where nobody counted. counted_rows: the rows that positives, label_rate and distinct
+        were counted on, all or a sample. columns: a dict per column with name, role (label, dense, categorical, bag,
+        weights, unused), type, distinct, cardinality, missing (share of nulls). examples: the first rows. mapping: the
+        settings data.label, data.dense and so on, proposed from names and types where the files do not state them. With
+        `verify` every row is read, and problems lists what is wrong with it, nothing if all is well.
 
     Raises:
         DataError: nothing there, a file that is not Parquet, or files of different columns.
@@ -41,19 +45,27 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     mapping = None if stated else _propose(files[0])
     schema = None if mapping and mapping["label"] is None else schema_of(path, files, DataConfig(**(mapping or {})))
     if schema is not None:
-        mapping = {"label": schema.label, "dense": schema.dense_names, "categorical": schema.categorical_names}
+        mapping = mapping or _stated(schema)
     rows = sum(sum(file.rows) for file in files)
     positives = schema.positives if schema is not None else None
+    counted: dict[str, int] = {}
+    counted_rows = rows if positives is not None else None
+    if schema is not None and positives is None and rows:
+        try:
+            counted_rows, positives, counted = _count(files, schema)
+        except DataError:  # --verify tells what is wrong
+            positives = None
     summary: dict[str, Any] = {
         "source": schema.source if stated and schema is not None else "parquet",
         "files": len(files),
         "row_groups": sum(len(file.rows) for file in files),
         "rows": rows,
-        "bytes": sum(int(file.fs.size(file.path)) for file in files),
+        "bytes": sum(file.size for file in files),
         "positives": positives,
-        "label_rate": positives / rows if positives is not None and rows else None,
+        "label_rate": positives / counted_rows if positives is not None and counted_rows else None,
+        "counted_rows": counted_rows,
         "best_auc": schema.best_auc if schema is not None else None,
-        "columns": _columns(files, schema, mapping or {}),
+        "columns": _columns(files, schema, mapping or {}, counted),
         "examples": _examples(files[0]),
         "mapping": {f"data.{role}": names for role, names in (mapping or {}).items()},
     }
@@ -63,7 +75,8 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
 
 
 def _propose(file: DataFile) -> dict[str, Any]:
-    """Roles by name and type: a label, floats and i1, i2, ... as dense values, other integers as ids."""
+    """Roles by name and type: a label; floats and i1, i2, ... as dense values; other integers and strings as ids; lists
+    of these as bags, with lists of floats called like a bag and _weights as its weights."""
     fields = {field.name: field.type for field in file.arrow_schema}
     known = {name.lower(): name for name in fields}
     label = next((known[name] for name in _LABELS if name in known), None)
@@ -71,13 +84,47 @@ def _propose(file: DataFile) -> dict[str, Any]:
     dense = [
         n for n, of in rest.items() if pa.types.is_floating(of) or (pa.types.is_integer(of) and _DENSE.fullmatch(n))
     ]
-    categorical = [n for n, of in rest.items() if pa.types.is_integer(of) and n not in dense]
-    return {"label": label, "dense": dense, "categorical": categorical}
+    categorical = [n for n, of in rest.items() if (pa.types.is_integer(of) or is_string(of)) and n not in dense]
+    lists = {name: of.value_type for name, of in rest.items() if is_list(of)}
+    bags = [name for name, of in lists.items() if pa.types.is_integer(of) or is_string(of)]
+    weights = {
+        n: w for n in bags for w in (f"{n}_weights", f"{n}_weight") if pa.types.is_floating(lists.get(w, pa.null()))
+    }
+    found: dict[str, Any] = {"label": label, "dense": dense, "categorical": categorical}
+    return found | ({"bags": bags} if bags else {}) | ({"bag_weights": weights} if weights else {})
 
 
-def _columns(files: Sequence[DataFile], schema: Schema | None, mapping: dict[str, Any]) -> list[dict[str, Any]]:
+def _stated(schema: Schema) -> dict[str, Any]:
+    """The mapping that the files' own metadata states."""
+    plain = [column.name for column in schema.categorical if not column.bag]
+    return {"label": schema.label, "dense": schema.dense_names, "categorical": plain}
+
+
+def _count(files: Sequence[DataFile], schema: Schema) -> tuple[int, int, dict[str, int]]:
+    """(rows, those of label 1, different ids per column) of at most 16 row groups spread over the data set."""
+    reader, rows, positives = RowGroupReader(files, schema), 0, 0
+    sketches = {name: DistinctSketch([name]) for name in schema.categorical_names}
+    groups = reader.row_groups()
+    first = 1 + len(schema.dense)
+    for group in groups[:: -(-len(groups) // _COUNTED_GROUPS) or 1]:
+        arrays = reader.read(group)
+        rows += group.rows
+        positives += pc.sum(pc.equal(arrays[0], 1)).as_py() or 0
+        for sketch, array in zip(sketches.values(), arrays[first:], strict=False):
+            values = (array.flatten() if is_list(array.type) else array).drop_null()
+            ids = values.to_numpy().astype(np.int64).reshape(1, -1)
+            sketch.add(ids, np.ones(ids.shape, np.bool_))
+    reader.close()
+    return rows, positives, {name: sketch.estimates()[name] for name, sketch in sketches.items()}
+
+
+def _columns(
+    files: Sequence[DataFile], schema: Schema | None, mapping: dict[str, Any], distinct: dict[str, int]
+) -> list[dict[str, Any]]:
     roles = dict.fromkeys(mapping.get("dense", []), "dense")
     roles |= dict.fromkeys(mapping.get("categorical", []), "categorical") | {mapping.get("label"): "label"}
+    roles |= dict.fromkeys(mapping.get("bags", []), "bag")
+    roles |= dict.fromkeys(mapping.get("bag_weights", {}).values(), "weights")
     counted = {column.name: column for column in schema.categorical} if schema is not None else {}
     nulls = _nulls(files)
     return [
@@ -85,7 +132,7 @@ def _columns(files: Sequence[DataFile], schema: Schema | None, mapping: dict[str
             "name": field.name,
             "role": roles.get(field.name, "unused"),
             "type": str(field.type),
-            "distinct": counted[field.name].distinct if field.name in counted else None,
+            "distinct": distinct.get(field.name, counted[field.name].distinct if field.name in counted else None),
             "cardinality": counted[field.name].cardinality if field.name in counted else None,
             "missing": nulls.get(field.name),
         }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,7 +35,7 @@ POSITIVE_RATE = 0.25
 _ID_SIGNAL, _PAIR_SIGNAL, _DENSE_SIGNAL = 1.6, 0.6, 0.35
 _DENSE_MISSING = 0.25  # the largest share of nulls; column k has k / DENSE of it
 _BLOCK_ROWS = 131_072
-_FILE_BLOCKS = 8
+_FILE_ROWS = 8 * _BLOCK_ROWS
 _CALIBRATION_ROWS = 262_144
 _CALIBRATION_SEED = 0x0CA1
 
@@ -127,7 +129,8 @@ def generate(
     exponent: float = EXPONENT,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes a Criteo-shaped log of `rows` rows below the folder `output`, in constant memory.
+    """Writes a Criteo-shaped log of `rows` rows below the folder `output`, one file per core at a time, in constant
+    memory.
 
     Columns label, i1 to i{dense} (int32, some null) and c1, c2, ... (int64 in [0, cardinality), Zipf(exponent)).
     Two logs of one model_seed, cardinalities, dense and exponent but different seeds are samples of one distribution:
@@ -137,7 +140,7 @@ def generate(
         {output, rows, positives, label_rate, files, best_auc}.
 
     Raises:
-        DataError: sizes that make no sense, or an output that exists.
+        DataError: sizes that make no sense, an output that exists, or a full disk.
     """
     if rows < 1:
         raise DataError(f"generate: {rows} rows; at least 1 is needed")
@@ -147,35 +150,42 @@ def generate(
         raise DataError("generate: the number of dense columns and the Zipf exponent cannot be negative")
     model = PlantedModel(cardinalities, dense, exponent, model_seed)
     names = [f"i{k + 1}" for k in range(dense)], [f"c{f + 1}" for f in range(len(cardinalities))]
-    blocks = [(first, min(_BLOCK_ROWS, rows - first)) for first in range(0, rows, _BLOCK_ROWS)]
-    with DatasetWriter(output) as target, ThreadPoolExecutor(1) as ahead:
-        target.keep({})
-        drawn = ahead.submit(model.draw, seed, *blocks[0])
-        for part, start in enumerate(range(0, len(blocks), _FILE_BLOCKS)):
-            name = f"part-{part:05d}.parquet"
-            with PartWriter(
-                target.staged(name),
-                source="generated",
-                dense=names[0],
-                categorical=names[1],
-                cardinalities=cardinalities,
-                best_auc=round(model.best_auc, 6),
-            ) as writer:
-                for number in range(start, min(start + _FILE_BLOCKS, len(blocks))):
-                    block = drawn.result()[0]
-                    if number + 1 < len(blocks):
-                        drawn = ahead.submit(model.draw, seed, *blocks[number + 1])
-                    writer.write(block)
+    starts, done, lock = range(0, rows, _FILE_ROWS), 0, threading.Lock()
+
+    def write_part(number: int) -> None:
+        nonlocal done
+        name, last = f"part-{number:05d}.parquet", min(starts[number] + _FILE_ROWS, rows)
+        with PartWriter(
+            target.staged(name),
+            source="generated",
+            dense=names[0],
+            categorical=names[1],
+            cardinalities=cardinalities,
+            best_auc=round(model.best_auc, 6),
+        ) as writer:
+            for first in range(starts[number], last, _BLOCK_ROWS):
+                size = min(_BLOCK_ROWS, last - first)
+                writer.write(model.draw(seed, first, size)[0])
+                with lock:
+                    done += size
                     if progress is not None:
-                        progress(sum(blocks[number]), rows)
-            target.publish(name)
-        schema = target.finish()
+                        progress(done, rows)
+        target.publish(name)
+
+    with DatasetWriter(output) as target:
+        target.keep({})
+        try:
+            with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
+                list(pool.map(write_part, range(len(starts))))
+            schema = target.finish()
+        except OSError as error:
+            raise DataError(f"{output}: cannot be written: {error.strerror or error}") from error
     positives = schema.positives or 0
     return {
         "output": target.name,
         "rows": schema.rows,
         "positives": positives,
         "label_rate": positives / schema.rows,
-        "files": -(-len(blocks) // _FILE_BLOCKS),
+        "files": len(starts),
         "best_auc": schema.best_auc,
     }

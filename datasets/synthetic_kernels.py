@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .jit import jit
-from .kernels import mix
+from .kernels import LOG1P_TABLE, mix
 
 Array = np.ndarray[Any, Any]
 
@@ -28,13 +28,15 @@ def _effect(value: np.int64, stream: int, key: np.uint64) -> Any:
 
 
 @jit
-def zipf_rank(u: float, n: int, exponent: float) -> Any:
+def zipf_scale(n: int, exponent: float) -> Any:
+    """What `zipf_rank` needs of (n, exponent), computed once per column."""
+    return math.log(n + 1.0) if exponent == 1.0 else math.pow(n + 1.0, 1.0 - exponent) - 1.0
+
+
+@jit
+def zipf_rank(u: float, n: int, exponent: float, scale: float) -> Any:
     """Rank in [0, n) of a uniform u: P(rank < k) is the integral of x^-exponent over [1, k + 1], by that to n + 1."""
-    if exponent == 1.0:
-        x = math.exp(u * math.log(n + 1.0))
-    else:
-        tail = 1.0 - exponent
-        x = math.pow(1.0 + u * (math.pow(n + 1.0, tail) - 1.0), 1.0 / tail)
+    x = math.exp(u * scale) if exponent == 1.0 else math.exp(math.log(1.0 + u * scale) / (1.0 - exponent))
     return min(np.int64(x) - 1, n - 1)
 
 
@@ -47,9 +49,10 @@ def draw_ids(
     columns: all columns of the log, so that each (row, column) draws its own number.
     """
     for f in range(len(ids)):
+        scale = zipf_scale(cardinalities[f], exponent)
         for b in range(ids.shape[1]):
             u = _unit(np.uint64((first + b) * columns + f), key)
-            ids[f, b] = zipf_rank(u, cardinalities[f], exponent) * steps[f] % cardinalities[f]
+            ids[f, b] = zipf_rank(u, cardinalities[f], exponent, scale) * steps[f] % cardinalities[f]
 
 
 @jit
@@ -81,7 +84,8 @@ def planted_logits(
     for k in range(len(dense)):
         sign = 1.0 if k % 2 == 0 else -1.0
         for b in range(len(out)):
-            out[b] += per_dense * sign * (math.log1p(dense[k, b]) - 1.0)
+            value = LOG1P_TABLE[dense[k, b]] if 0 <= dense[k, b] < len(LOG1P_TABLE) else math.log1p(dense[k, b])
+            out[b] += per_dense * sign * (value - 1.0)
 
 
 @jit

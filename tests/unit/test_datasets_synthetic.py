@@ -7,7 +7,7 @@ import pytest
 from embershard.datasets import synthetic, synthetic_kernels
 from embershard.datasets.files import load_schema
 from embershard.datasets.inspect import describe
-from embershard.datasets.schema import DataError
+from embershard.datasets.schema import DataConfig, DataError
 from embershard.datasets.synthetic import PlantedModel, best_auc, generate
 from sklearn.metrics import roc_auc_score
 
@@ -47,7 +47,7 @@ def test_ids_are_zipf_over_their_cardinality(model):
         assert len(counts) == n
         edges = (np.arange(1, n + 2) ** (1 - 1.2) - 1) / ((n + 1) ** (1 - 1.2) - 1)
         assert np.abs(counts[:5] / len(column) - np.diff(edges)[:5]).max() < 0.01
-    assert synthetic_kernels.zipf_rank(0.999999999, 10, 1.0) == 9
+    assert synthetic_kernels.zipf_rank(0.999999999, 10, 1.0, synthetic_kernels.zipf_scale(10, 1.0)) == 9
 
 
 def test_labels_come_from_the_logits(model):
@@ -69,12 +69,13 @@ def test_best_auc_is_the_expectation_over_labels():
 
 def test_generate_writes_what_it_states_in_bounded_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "_BLOCK_ROWS", 1000)
-    monkeypatch.setattr(synthetic, "_FILE_BLOCKS", 2)
+    monkeypatch.setattr(synthetic, "_FILE_ROWS", 2000)
     steps = []
     arguments = {"rows": 4500, "cardinalities": SIZES, "dense": 3}
     summary = generate(str(tmp_path / "a"), **arguments, progress=lambda *step: steps.append(step))
     assert (summary["rows"], summary["files"]) == (4500, 3)
-    assert steps == [(1000, 4500), (2000, 4500), (3000, 4500), (4000, 4500), (4500, 4500)]
+    assert (len(steps), steps[-1]) == (5, (4500, 4500))
+    assert steps == sorted(steps)
     schema = load_schema(str(tmp_path / "a"))
     assert (schema.rows, schema.best_auc) == (4500, summary["best_auc"])
     assert [column.cardinality for column in schema.categorical] == list(SIZES)
@@ -120,11 +121,43 @@ def test_describe_proposes_a_mapping_for_foreign_files_and_verify_names_bad_rows
     table = pa.table({"Click": [0, 1, 5], "price": [1.0, None, 2.0], "user": [1, 2, 3], "name": ["a", "b", "c"]})
     pq.write_table(table, tmp_path / "a.parquet")
     summary = describe(str(tmp_path), verify=True)
-    assert summary["mapping"] == {"data.label": "Click", "data.dense": ["price"], "data.categorical": ["user"]}
-    assert [column["role"] for column in summary["columns"]] == ["label", "dense", "categorical", "unused"]
+    names = {"data.label": "Click", "data.dense": ["price"], "data.categorical": ["user", "name"]}
+    assert summary["mapping"] == names
+    assert [column["role"] for column in summary["columns"]] == ["label", "dense", "categorical", "categorical"]
     assert [column["missing"] for column in summary["columns"]] == [0, 1 / 3, 0, 0]
     assert len(summary["problems"]) == 1
     assert "a.parquet: column 'Click', row 2: found 5; labels must be 0 or 1" in summary["problems"][0]
+
+
+def test_describe_counts_labels_and_different_ids_of_foreign_files(tmp_path):
+    rows = 5000
+    table = pa.table(
+        {
+            "label": np.arange(rows) % 4 == 0,
+            "score": np.linspace(0, 1, rows),
+            "user": np.arange(rows),
+            "country": [f"c{i % 7}" for i in range(rows)],
+            "tags": [[i % 11, i % 5] for i in range(rows)],
+            "tags_weights": [[1.0, 0.5]] * rows,
+        }
+    )
+    (tmp_path / "day=1").mkdir()
+    pq.write_table(table, tmp_path / "day=1" / "a.parquet", row_group_size=500)
+    summary = describe(str(tmp_path))
+    assert summary["label_rate"] == 0.25
+    assert summary["counted_rows"] == rows
+    assert summary["mapping"] == {
+        "data.label": "label",
+        "data.dense": ["score"],
+        "data.categorical": ["user", "country", "day"],
+        "data.bags": ["tags"],
+        "data.bag_weights": {"tags": "tags_weights"},
+    }
+    distinct = {column["name"]: column["distinct"] for column in summary["columns"]}
+    assert abs(distinct.pop("user") - rows) < 0.05 * rows
+    assert distinct == {"label": None, "score": None, "country": 7, "tags": 11, "tags_weights": None, "day": 1}
+    config = DataConfig(**{key.removeprefix("data."): value for key, value in summary["mapping"].items()})
+    assert load_schema(str(tmp_path), config).rows == rows
 
 
 def test_describe_without_a_label(tmp_path):
