@@ -13,6 +13,7 @@ from embershard.parameter_server.tables import Optimizer
 from embershard.workers.embeddings.base import Feature
 from embershard.workers.embeddings.collapse import table_pieces
 from embershard.workers.embeddings.collection import EmbeddingBagCollection
+from embershard.workers.embeddings.gather import distinct_rows
 
 SGD = Optimizer(kind="sgd")
 N, D = 30, 4
@@ -60,3 +61,17 @@ def test_features_composed_together_equal_those_composed_alone(method: str, opti
                 for table in alone.methods[0].tables:
                     mine, theirs = (np.concatenate(list(table_pieces(s, table.name))) for s in (other, store))
                     assert np.array_equal(mine, theirs)
+
+
+def test_distinct_rows_are_numbered_as_they_first_occur() -> None:
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 50):
+        inverse = rng.integers(0, 20, size).astype(np.int32)
+        firsts, number = distinct_rows(inverse, 20)
+        assert firsts.tolist() == sorted(np.unique(inverse, return_index=True)[1])
+        assert np.array_equal(inverse[firsts][number], inverse)
+        assert firsts.dtype == number.dtype == np.int32
+        # Another numbering of the rows, as another layout has it: nothing changes.
+        moved = rng.permutation(20).astype(np.int32)[inverse]
+        again = distinct_rows(moved, 20)
+        assert np.array_equal(again[0], firsts) and np.array_equal(again[1], number)

@@ -18,7 +18,7 @@ from ...parameter_server.requests import Clock
 from ...parameter_server.store import Store
 from ...parameter_server.tables import Optimizer, TableSpec
 from .base import EmbeddingError, Feature, Lookup, Method
-from .gather import pooled, read_rows, sample_sums, vectors
+from .gather import distinct_rows, pooled, read_rows, sample_sums, vectors
 from .gradients import GradientError, collect, not_finite
 from .lookups import SlabLookups
 from .planning import EmbeddingSize, build_method
@@ -206,13 +206,27 @@ class EmbeddingBagCollection(nn.Module):
             if offsets is None:
                 return vectors(*read[0], count)
             return pooled(*read[0], offsets, count, group.pooling)
-        first = group.reads[0]
-        begins = ticket.segments[first.slab][first.first : first.first + count + 1]
-        methods = [self._methods[f] for f in group.features]
-        composed = methods[0].compose_all(methods, [read_rows(*own) for own in read], (begins - begins[0]).tolist())
+        table, number = self._composed(group, ticket, read)
         if offsets is None:
-            return composed.view(count, -1 if len(composed) else 0, composed.shape[1]).transpose(0, 1)
-        return pooled(composed, np.arange(len(composed), dtype=np.int32), offsets, count, group.pooling)
+            return vectors(table, number, count)
+        return pooled(table, number, offsets, count, group.pooling)
+
+    def _composed(
+        self, group: _Group, ticket: Ticket, read: Sequence[tuple[Tensor, np.ndarray]]
+    ) -> tuple[Tensor, np.ndarray]:
+        """Vectors [V, d], and int32 [N]: which of them belongs to each id."""
+        first = group.reads[0]
+        begins = ticket.segments[first.slab][first.first : first.first + first.lookups + 1]
+        begins = begins - begins[0]
+        methods = [self._methods[f] for f in group.features]
+        if len(read) > 1:
+            table = methods[0].compose_all(methods, [read_rows(*own) for own in read], begins.tolist())
+            return table, np.arange(len(table), dtype=np.int32)
+        # The same row gives the same vector, so each is composed once.
+        source, where = read[0]
+        firsts, number = distinct_rows(where, len(source))
+        segments = np.searchsorted(firsts, begins).tolist()
+        return methods[0].compose_all(methods, [read_rows(source, where[firsts])], segments), number
 
     def _bags(self, group: _Group, ids: Ids, repeat: int = 1) -> np.ndarray:
         """int64 [F of the group * repeat * B + 1], from 0: where bags begin if each feature is read `repeat` times."""

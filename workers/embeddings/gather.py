@@ -76,6 +76,15 @@ def read_rows(rows: Tensor, inverse: np.ndarray) -> Tensor:
     return vectors(rows, inverse, 1).squeeze(1)
 
 
+def distinct_rows(inverse: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(firsts, number): `inverse` int32 [N], values below `rows`, equals inverse[firsts][number]; firsts ascend.
+
+    So what is composed from inverse[firsts] depends on the batch alone, not on where rows live.
+    """
+    firsts, number = np.empty_like(inverse), np.empty_like(inverse)
+    return firsts[: kernels.first_occurrences(inverse, rows, firsts, number)], number
+
+
 def vectors(rows: Tensor, inverse: np.ndarray, features: int) -> Tensor:
     """One id per (sample, feature): rows [U, d], inverse int32 [F * B], feature-major -> [B, F, d]."""
     if rows.device.type == "cpu":

@@ -137,6 +137,24 @@ def spread_bags(grad: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, mean
 
 
 @jit
+def first_occurrences(inverse: np.ndarray, rows: int, firsts: np.ndarray, number: np.ndarray) -> int:
+    """Numbers what stands in `inverse` int32 [N], values below `rows`, in the order in which it first occurs.
+
+    number int32 [N] <- each entry's number; firsts int32 [N] <- where each number first occurs. Returns how many.
+    """
+    seen = np.full(rows, -1, np.int32)
+    count = 0
+    for i in range(len(inverse)):
+        value = inverse[i]
+        if seen[value] < 0:
+            seen[value] = count
+            firsts[count] = i
+            count += 1
+        number[i] = seen[value]
+    return count
+
+
+@jit
 def sum_samples(rows: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
     """out [B, w] <- for each sample the sum of rows [U, w] over all its lookups, first lookup first.
 
@@ -228,6 +246,7 @@ def warm_up() -> None:
     scatter_vectors(vectors, inverse, rows)
     pool_bags(rows, inverse, segments, False, vectors)
     spread_bags(vectors, inverse, segments, False, rows)
+    first_occurrences(inverse, 1, inverse.copy(), inverse.copy())
     sum_samples(rows, inverse, segments, np.empty((1, 2), np.float32))
     spread_samples(rows, inverse, segments, np.zeros((1, 2), np.float32))
     seeds = np.zeros(1, np.uint64)

@@ -5,14 +5,27 @@ from __future__ import annotations
 from typing import Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .gather import distinct_rows, read_rows
 from .layers import Common, Layer
 from .projected import Projected
+from .torch_rows import map_rows
 
 
 class _ProjectedLayer(Layer):
     method: Projected
+
+    def compose(self, ids: Tensor) -> Tensor:
+        floats = self.method.projection.dtype in (torch.float32, torch.float64)
+        if ids.device.type != "cpu" or not floats or torch.compiler.is_compiling():
+            return super().compose(ids)
+        # As on a store: the same row gives the same vector, so each is composed once.
+        rows = map_rows(self.method.lookups[0].map, ids)
+        (table,) = (p for name, p in self.named_parameters() if "." not in name)
+        firsts, number = distinct_rows(rows.int().numpy(), len(table))
+        return read_rows(self.method.compose([F.embedding(rows[torch.from_numpy(firsts)], table)]), number)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
