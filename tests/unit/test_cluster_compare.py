@@ -31,6 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     for name, rows in (("train", 600), ("eval", 401)):
         generate(str(folder / name), rows=rows, seed=rows, cardinalities=CARDINALITIES, dense=2)
     paths = [f"data.path={folder / 'train'}", f"data.eval_path={folder / 'eval'}", "data.batch_size=200"]
+    paths.append("data.eval_batch_size=51")  # odd: rows, not batches, begin with validation
     return RunConfig.load(None, *paths, "model.top=[8]", "model.bottom=[8]", "embedding.dim=8", "seed=5")
 
 
