@@ -155,6 +155,8 @@ class RowGroupReader:
         try:
             if wanted == HASHED:
                 return _hashed(array)
+            if pa.types.is_fixed_size_list(array.type):
+                array = _variable(array)
             if strings:
                 return _hashed_lists(array)
             return pc.cast(array, wanted)
@@ -208,8 +210,13 @@ def _hashed(array: pa.Array) -> pa.Array:
 
 def _hashed_lists(array: pa.Array) -> pa.Array:
     """Large lists of int64 ids of lists of strings."""
-    if pa.types.is_fixed_size_list(array.type):
-        array = pc.cast(array, pa.large_list(array.type.value_type))
     offsets = pc.cast(array.offsets, pa.int64())
     missing = array.is_null() if array.null_count else None
     return pa.LargeListArray.from_arrays(offsets, _hashed(array.values), mask=missing)
+
+
+def _variable(array: pa.Array) -> pa.Array:
+    """A fixed-size list as a large list; a null takes no values, as in every other list that comes out of Parquet."""
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    offsets = np.concatenate([[0], np.cumsum(np.where(missing, 0, array.type.list_size))])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), array.flatten(), mask=pa.array(missing))

@@ -165,7 +165,7 @@ class DecodedWindow:
             raise self._bad_value(name, column, row, _negative(missing_id))
         if weights is None:
             return _Bags(begins, sizes, values, _NO_WEIGHTS)
-        own_begins, own_sizes, inside = _flat(weights)
+        _, own_sizes, inside = _flat(weights)
         if not np.array_equal(sizes, own_sizes):
             row = int(np.flatnonzero(sizes != own_sizes)[0])
             advice = f"expected a weight for each of the {sizes[row]} ids of {name!r}"
@@ -175,13 +175,8 @@ class DecodedWindow:
             np.array([len(array) for array in inside], np.int64), *_addresses(inside), staged
         )
         if bad >= 0:
-            row = int(np.flatnonzero((own_begins <= bad) & (bad < own_begins + own_sizes))[0])
+            row = int(np.flatnonzero((begins <= bad) & (bad < begins + sizes))[0])
             raise self._bad_value(self._weights_of(name), weights, row, "weights must be finite")
-        if not np.array_equal(begins, own_begins):  # what null lists hide may differ
-            own = np.empty(len(values), np.float32)
-            place = np.repeat(begins, sizes) + _within(sizes)
-            own[place] = staged[np.repeat(own_begins, sizes) + _within(sizes)]
-            staged = own
         return _Bags(begins, sizes, values, staged)
 
     def _weights_of(self, name: str) -> str:
@@ -223,21 +218,11 @@ def _flat(column: Sequence[pa.Array]) -> tuple[np.ndarray, np.ndarray, list[pa.A
     begins, sizes, inside, base = [], [], [], 0
     for array in column:
         offsets = array.offsets.to_numpy()
-        size = np.diff(offsets)
-        if array.null_count:
-            size = np.where(array.is_null().to_numpy(zero_copy_only=False), 0, size)
         begins.append(offsets[:-1] - offsets[0] + base)
-        sizes.append(size)
+        sizes.append(np.diff(offsets))
         inside.append(array.values.slice(offsets[0], offsets[-1] - offsets[0]))
         base += len(inside[-1])
     return np.concatenate(begins), np.concatenate(sizes), inside
-
-
-def _within(sizes: np.ndarray) -> np.ndarray:
-    """0, 1, ... within each bag, int64 [sum(sizes)]."""
-    starts: np.ndarray = np.repeat(np.cumsum(sizes) - sizes, sizes)
-    within: np.ndarray = np.arange(sizes.sum()) - starts
-    return within
 
 
 def _kinds(columns: Sequence[Sequence[pa.Array]]) -> np.ndarray:
