@@ -201,7 +201,8 @@ def _torchrec_python(tell: Callable[[str], None]) -> str:
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(cache)], check=True, capture_output=True)
         packages = next(cache.glob("lib/python*/site-packages"))
-        (packages / "beside.pth").write_text(f"{here}\n")
+        # A site folder, not a path alone: an editable installation is found by the .pth file in it.
+        (packages / "beside.pth").write_text(f"import site; site.addsitedir({here!r})\n")
         install = [str(python), "-m", "pip", "install", "--quiet"]
         subprocess.run([*install, "--no-deps", TORCHREC[0]], check=True, capture_output=True, text=True)
         subprocess.run([*install, *TORCHREC[1:]], check=True, capture_output=True, text=True)
