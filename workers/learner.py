@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..datasets.schema import Batch
 from ..parameter_server.requests import Clock
-from .embeddings.gradients import GradientError, gradient_error
+from .embeddings.gradients import GradientError, first_not_finite, gradient_error
 from .embeddings.ticket import Ticket
 from .group import Group, sum_gradients
 from .network import Network, dense_inputs
@@ -83,7 +82,5 @@ class Learner:
 
     def _dense_error(self, step: int) -> GradientError | None:
         grads = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
-        if not grads or bool(torch.nn.utils.get_total_norm(grads.values(), torch.inf).isfinite()):
-            return None
-        name = next(name for name, grad in grads.items() if not bool(grad.isfinite().all()))
-        return gradient_error(f"parameter {name!r}", step)
+        name = first_not_finite(grads)
+        return None if name is None else gradient_error(f"parameter {name!r}", step)

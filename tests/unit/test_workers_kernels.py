@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from embershard.datasets.schema import Ids
 from embershard.workers.embeddings import kernels
 from embershard.workers.embeddings.base import Feature, Lookup, RowMap
+from embershard.workers.embeddings.gather import vectors
 from embershard.workers.embeddings.lookups import SlabLookups
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,14 +91,35 @@ def test_gather_and_scatter_are_transposes() -> None:
     rows = rng.standard_normal((6, 3), dtype=np.float32)
     inverse = rng.integers(0, 6, 4 * 5).astype(np.int32)  # 4 features, 5 samples
     out = np.empty((5, 4, 3), np.float32)
-    kernels.gather_vectors(rows, inverse, out)
+    kernels.gather_vectors(rows, inverse, out, 0, 5)
     np.testing.assert_array_equal(out, rows[inverse.reshape(4, 5).T])
     grad = rng.standard_normal(out.shape, dtype=np.float32)
     back = np.zeros_like(rows)
-    kernels.scatter_vectors(grad, inverse, back)
+    kernels.scatter_vectors(grad, inverse, back, 0, 4)
     expected = np.zeros_like(rows)
     np.add.at(expected, inverse.reshape(4, 5).T, grad)
     np.testing.assert_allclose(back, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_threads_divide_the_work_and_change_nothing(threads: int, own_rows: bool) -> None:
+    """Large enough to be divided; without rows of their own, features are summed by one thread in their order."""
+    rng, before = np.random.default_rng(2), torch.get_num_threads()
+    features, batch, each = 7, 1500, 40
+    inverse = rng.integers(0, each, (features, batch)) + (each * np.arange(features)[:, None] if own_rows else 0)
+    rows = torch.from_numpy(rng.standard_normal((features * each, 16), dtype=np.float32)).requires_grad_()
+    grad = torch.from_numpy(rng.standard_normal((batch, features, 16), dtype=np.float32))
+    torch.set_num_threads(threads)
+    try:
+        out = vectors(rows, inverse.reshape(-1).astype(np.int32), features, own_rows=own_rows)
+        out.backward(grad)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(out.detach().numpy(), rows.detach().numpy()[inverse.T])
+    expected = np.zeros(rows.shape, np.float32)
+    np.add.at(expected, inverse.T, grad.numpy())  # in the order of the occurrences
+    np.testing.assert_array_equal(rows.grad.numpy(), expected)
 
 
 def test_sums_do_not_depend_on_where_rows_stand() -> None:
@@ -105,6 +129,6 @@ def test_sums_do_not_depend_on_where_rows_stand() -> None:
     grad = (rng.standard_normal((200, 3, 2)) * 10.0 ** rng.integers(-6, 6, (200, 3, 2))).astype(np.float32)
     order = np.array([2, 0, 3, 1], np.int32)
     one, other = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
-    kernels.scatter_vectors(grad, inverse, one)
-    kernels.scatter_vectors(grad, order[inverse], other)
+    kernels.scatter_vectors(grad, inverse, one, 0, 3)
+    kernels.scatter_vectors(grad, order[inverse], other, 0, 3)
     assert one.tobytes() == other[order].tobytes()

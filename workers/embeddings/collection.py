@@ -204,7 +204,7 @@ class EmbeddingBagCollection(nn.Module):
         offsets = None if ticket.ids.offsets is None else self._bags(group, ticket.ids)
         if group.kind == "row":
             if offsets is None:
-                return vectors(*read[0], count)
+                return vectors(*read[0], count, own_rows=True)
             return pooled(*read[0], offsets, count, group.pooling)
         table, number = self._composed(group, ticket, read)
         if offsets is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,22 +20,39 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array
 
 
+_SMALL_BYTES = 1 << 18  # below, waking another thread costs more than it saves
+_MOST_THREADS = 8
+_helpers = ThreadPoolExecutor(_MOST_THREADS - 1, thread_name_prefix="vectors")
+
+
+def _in_parts(kernel: Callable[..., None], count: int, moved: int, *arrays: np.ndarray) -> None:
+    """kernel(*arrays, begin, end) over [0, count), which moves `moved` bytes, on as many threads as torch may use."""
+    parts = 1 if moved < _SMALL_BYTES else max(1, min(torch.get_num_threads(), _MOST_THREADS, count))
+    ends = [count * (part + 1) // parts for part in range(parts)]
+    others = [_helpers.submit(kernel, *arrays, *span) for span in pairwise(ends)]
+    kernel(*arrays, 0, ends[0])
+    for other in others:
+        other.result()
+
+
 class _Gather(torch.autograd.Function):
     """rows [U, d], inverse int32 [F * B] -> [B, F, d]; sums gradients per row in the order of the occurrences."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, inverse: np.ndarray, features: int) -> Tensor:
-        ctx.inverse, ctx.rows = inverse, len(rows)
+    def forward(ctx: Any, rows: Tensor, inverse: np.ndarray, features: int, own_rows: bool) -> Tensor:
+        ctx.inverse, ctx.rows, ctx.own_rows = inverse, len(rows), own_rows
         out = rows.new_empty(len(inverse) // features, features, rows.shape[1])
-        kernels.gather_vectors(_array(rows), inverse, out.numpy())
+        _in_parts(kernels.gather_vectors, len(out), out.nbytes, _array(rows), inverse, out.numpy())
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         out = grad.new_zeros(ctx.rows, grad.shape[2])
-        kernels.scatter_vectors(_array(grad), ctx.inverse, out.numpy())
-        return out, None, None
+        # Threads that add to the same row would need an order: features are divided only if none shares a row.
+        moved = grad.nbytes if ctx.own_rows else 0
+        _in_parts(kernels.scatter_vectors, grad.shape[1], moved, _array(grad), ctx.inverse, out.numpy())
+        return out, None, None, None
 
 
 class _Pool(torch.autograd.Function):
@@ -85,10 +105,13 @@ def distinct_rows(inverse: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarra
     return firsts[: kernels.first_occurrences(inverse, rows, firsts, number)], number
 
 
-def vectors(rows: Tensor, inverse: np.ndarray, features: int) -> Tensor:
-    """One id per (sample, feature): rows [U, d], inverse int32 [F * B], feature-major -> [B, F, d]."""
+def vectors(rows: Tensor, inverse: np.ndarray, features: int, *, own_rows: bool = False) -> Tensor:
+    """One id per (sample, feature): rows [U, d], inverse int32 [F * B], feature-major -> [B, F, d].
+
+    own_rows: no row belongs to two features.
+    """
     if rows.device.type == "cpu":
-        out: Tensor = _Gather.apply(rows, inverse, features)  # type: ignore[no-untyped-call]
+        out: Tensor = _Gather.apply(rows, inverse, features, own_rows)  # type: ignore[no-untyped-call]
         return out
     index = torch.from_numpy(inverse).to(rows.device, non_blocking=True)
     return F.embedding(index.view(features, -1).t(), rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -88,3 +88,14 @@ def gradient_error(where: str, step: int | None) -> GradientError:
         f"{when}the gradient of {where} is NaN or infinite, so nothing of this step was sent; "
         f"lower the learning rates, or look for such values in the dense columns"
     )
+
+
+def first_not_finite(grads: Mapping[str, Tensor]) -> str | None:
+    """The name of the first gradient that holds NaN or infinity; None if there is none."""
+    for name, grad in grads.items():
+        if grad.device.type != "cpu":  # asked of the device once, for all of them
+            total = torch.nn.utils.get_total_norm(grads.values(), torch.inf)
+            return None if bool(total.isfinite()) else next(n for n, g in grads.items() if not bool(g.isfinite().all()))
+        if not all_finite(grad.detach().contiguous().view(-1).numpy().view(np.uint32)):
+            return name
+    return None

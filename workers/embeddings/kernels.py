@@ -76,10 +76,10 @@ def map_ids(
 
 
 @jit
-def gather_vectors(rows: np.ndarray, inverse: np.ndarray, out: np.ndarray) -> None:
-    """out [B, F, d] <- rows [U, d] at inverse [F * B] (feature-major, as ids stand in a batch)."""
+def gather_vectors(rows: np.ndarray, inverse: np.ndarray, out: np.ndarray, begin: int, end: int) -> None:
+    """out [B, F, d] <- rows [U, d] at inverse [F * B], feature-major as ids stand in a batch; samples begin to end."""
     batch, features, width = out.shape
-    for b in range(batch):
+    for b in range(begin, end):
         for f in range(features):
             source = inverse[f * batch + b]
             for j in range(width):
@@ -87,14 +87,14 @@ def gather_vectors(rows: np.ndarray, inverse: np.ndarray, out: np.ndarray) -> No
 
 
 @jit
-def scatter_vectors(grad: np.ndarray, inverse: np.ndarray, out: np.ndarray) -> None:
-    """The transpose of `gather_vectors`: out [U, d] (zeros) += grad [B, F, d], samples in order, features in order.
+def scatter_vectors(grad: np.ndarray, inverse: np.ndarray, out: np.ndarray, begin: int, end: int) -> None:
+    """The transpose of `gather_vectors`: out [U, d] (zeros) += grad [B, F, d], samples in order, features begin to end.
 
     The order is that of the occurrences in the batch, never that of the rows: the sums do not depend on the layout.
     """
-    batch, features, width = grad.shape
+    batch, _, width = grad.shape
     for b in range(batch):
-        for f in range(features):
+        for f in range(begin, end):
             target = inverse[f * batch + b]
             for j in range(width):
                 out[target, j] += grad[b, f, j]
@@ -242,8 +242,8 @@ def warm_up() -> None:
         one, zero, one, np.zeros(1, np.uint8), np.zeros(1, np.uint64), one, one, zero, segments, np.empty(1, np.int64)
     )
     rows, vectors, inverse = np.ones((1, 2), np.float32), np.ones((1, 1, 2), np.float32), np.zeros(1, np.int32)
-    gather_vectors(rows, inverse, vectors)
-    scatter_vectors(vectors, inverse, rows)
+    gather_vectors(rows, inverse, vectors, 0, 1)
+    scatter_vectors(vectors, inverse, rows, 0, 1)
     pool_bags(rows, inverse, segments, False, vectors)
     spread_bags(vectors, inverse, segments, False, rows)
     first_occurrences(inverse, 1, inverse.copy(), inverse.copy())
