@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..datasets import bag_kernels
 from ..datasets import kernels as dataset_kernels
 from ..datasets.files import load_schema
 from ..datasets.schema import Schema
@@ -40,7 +41,7 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
         progress.note(line)
     progress.note(choose_placement(config.job())[1])
     progress.note("loading kernels (the first time on a machine compiles them)")
-    for room in (dataset_kernels, shard_kernels, worker_kernels):
+    for room in (dataset_kernels, bag_kernels, shard_kernels, worker_kernels):
         room.warm_up()
     return schema
 

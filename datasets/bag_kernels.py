@@ -123,3 +123,14 @@ def fill_bags(
         if len(out_weights):
             for j in range(size):
                 out_weights[at + j] = weights[begin + j] if len(weights) else 1.0
+
+
+def warm_up() -> None:
+    """Compiles the kernels of bags and strings, or loads them from the cache."""
+    text, order, one = np.zeros(1, np.uint8), np.zeros(1, np.int32), np.ones(1, np.int64)
+    edges, weight = np.array([0, 1]), np.ones(1, np.float32)
+    hash_strings(np.uint64(text.ctypes.data), edges, np.empty(1, np.int64))
+    address, none = np.array([weight.ctypes.data], np.uint64), np.zeros(1, np.uint64)
+    stage_weights(one, address, none, none, weight.copy())
+    bag_sizes(order, 1, 1, 0, 1, one, edges.copy())
+    fill_bags(order, 1, 1, 0, 1, np.zeros(1, np.int64), one, weight, edges, one.copy(), weight.copy())

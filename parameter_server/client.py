@@ -33,7 +33,8 @@ CONTROL_SECONDS = 3600.0
 CLIENT_OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name, also how long one attempt to connect may take: on a starved machine much longer than usual.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 _ERRORS: dict[str, type[Exception]] = {

@@ -173,9 +173,10 @@ class _Run:
         return total if self.job.train.max_steps is None else min(total, max(self.step, self.job.train.max_steps))
 
     def _batches(self, cursor: Cursor | None) -> Iterator[Batch]:
-        first = 0 if cursor is None else cursor.epoch
-        for epoch in range(first, self.job.train.epochs):
-            yield from self.stream.batches(epoch, cursor if epoch == first else None)
+        first, last = 0 if cursor is None else cursor.epoch, self.job.train.epochs - 1
+        for epoch in range(first, last + 1):
+            following = epoch + 1 if epoch < last else None
+            yield from self.stream.batches(epoch, cursor if epoch == first else None, then=following)
 
     def _clock(self, step: int) -> Clock:
         train = self.job.train

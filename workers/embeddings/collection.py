@@ -193,7 +193,7 @@ class EmbeddingBagCollection(nn.Module):
 
     def _vectors(self, group: _Group, ticket: Ticket, rows: list[Tensor]) -> Tensor:
         """[B, F of the group, d], or [B, d] of a group of kind sample."""
-        count = len(group.features)
+        count, weights = len(group.features), self._weights(group, ticket.ids)
         read = [(rows[r.slab], ticket.inverse_of(r.slab, r.first, r.lookups)) for r in group.reads]
         if group.kind == "sample":
             bags = [self._bags(group, ticket.ids, r.lookups // count) for r in group.reads]
@@ -202,14 +202,32 @@ class EmbeddingBagCollection(nn.Module):
             ]
             return self._methods[group.features[0]].compose_sample(sums)
         offsets = None if ticket.ids.offsets is None else self._bags(group, ticket.ids)
-        if group.kind == "row":
-            if offsets is None:
-                return vectors(*read[0], count, own_rows=True)
-            return pooled(*read[0], offsets, count, group.pooling)
-        table, number = self._composed(group, ticket, read)
+        own_rows = group.kind == "row"
+        table, number = read[0] if own_rows else self._composed(group, ticket, read)
         if offsets is None:
-            return vectors(table, number, count)
+            return vectors(table, number, count, own_rows=own_rows)
+        if weights is not None:
+            table = read_rows(table, number) * weights[:, None]
+            number = np.arange(len(table), dtype=np.int32)
         return pooled(table, number, offsets, count, group.pooling)
+
+    def _weights(self, group: _Group, ids: Ids) -> Tensor | None:
+        """float32 [N], what each id of the group's bags is multiplied with; None where all count alike.
+
+        Raises:
+            EmbeddingError: weights where their meaning would be open: in a mean, or in one vector per sample.
+        """
+        if ids.weights is None or ids.offsets is None:
+            return None
+        if group.pooling == "mean" or group.kind == "sample":
+            raise EmbeddingError(
+                f"feature {self.names[group.features[0]]!r}: the weights of a bag multiply the vectors of its ids, which "
+                f"are then added: set embedding.pooling=sum and a method with a vector per feature, or leave "
+                f"data.bag_weights out"
+            )
+        batch, positions = ids.batch_size, self._positions_in(ids)[list(group.features)]
+        own = [ids.weights[ids.offsets[p * batch] : ids.offsets[(p + 1) * batch]] for p in positions]
+        return torch.from_numpy(np.concatenate(own)).to(self.device, non_blocking=True)
 
     def _composed(
         self, group: _Group, ticket: Ticket, read: Sequence[tuple[Tensor, np.ndarray]]
