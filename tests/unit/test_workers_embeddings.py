@@ -91,6 +91,46 @@ def test_one_ticket_forwarded_twice_counts_twice_and_no_grad_not_at_all(store: A
     assert store.counters.pushes == pushes
 
 
+def weighted(rng: np.random.Generator) -> tuple[Ids, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Six samples' bags of three features in another order than the collection's, and each feature's own part."""
+    parts = {}
+    for name, n in (("day", 7), ("item", 200), ("user", 50)):
+        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 4, 6))])
+        parts[name] = (rng.integers(0, n, offsets[-1]), offsets, rng.standard_normal(offsets[-1]).astype(np.float32))
+    values, offsets, weights = (list(part) for part in zip(*parts.values(), strict=True))
+    ends = np.cumsum([0, *(own[-1] for own in offsets)])
+    joined = np.concatenate([np.zeros(1, np.int64), *(own[1:] + end for own, end in zip(offsets, ends, strict=False))])
+    return Ids(tuple(parts), np.concatenate(values), joined, np.concatenate(weights)), parts
+
+
+@pytest.mark.parametrize("method", ["full", "memcom"])
+def test_weights_of_bags_multiply_vectors(store: Any, method: str) -> None:
+    sizes = {} if method == "full" else {"rows": 3, "threshold": 0}
+    embeddings = EmbeddingBagCollection(features(method=method, **sizes), store=store, optimizer=SGD, learning_rate=1.0)
+    before = {name: table(embeddings, name) for name in embeddings.names}
+    ids, parts = weighted(np.random.default_rng(4))
+    out = embeddings(ids)
+    for f, name in enumerate(embeddings.names):
+        values, offsets, weights = map(torch.from_numpy, parts[name])
+        expected = torch.nn.functional.embedding_bag(
+            values, before[name], offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
+        torch.testing.assert_close(out[:, f], expected)
+    out.sum().backward()
+    embeddings.step()
+    if method == "full":
+        values, _, weights = parts["item"]
+        grad = np.zeros((200, 4), np.float32)
+        np.add.at(grad, values, weights[:, None])
+        torch.testing.assert_close(table(embeddings, "item"), before["item"] - torch.from_numpy(grad))
+
+
+def test_weights_of_bags_are_refused_where_their_meaning_would_be_open(store: Any) -> None:
+    embeddings = EmbeddingBagCollection(features(pooling="mean"), store=store)
+    with pytest.raises(EmbeddingError, match=r"the weights of a bag .* set embedding.pooling=sum"):
+        embeddings(weighted(np.random.default_rng(4))[0])
+
+
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
 def test_bags_equal_torch_embedding_bag(store: Any, pooling: str) -> None:
     embeddings = EmbeddingBagCollection(features(pooling=pooling), store=store, optimizer=SGD, learning_rate=1.0)

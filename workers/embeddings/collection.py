@@ -221,8 +221,8 @@ class EmbeddingBagCollection(nn.Module):
             return None
         if group.pooling == "mean" or group.kind == "sample":
             raise EmbeddingError(
-                f"feature {self.names[group.features[0]]!r}: the weights of a bag multiply the vectors of its ids, which "
-                f"are then added: set embedding.pooling=sum and a method with a vector per feature, or leave "
+                f"feature {self.names[group.features[0]]!r}: the weights of a bag multiply the vectors of its ids, "
+                f"which are then added: set embedding.pooling=sum and a method with a vector per feature, or leave "
                 f"data.bag_weights out"
             )
         batch, positions = ids.batch_size, self._positions_in(ids)[list(group.features)]
