@@ -41,8 +41,10 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
         progress.note(line)
     progress.note(choose_placement(config.job())[1])
     progress.note("loading kernels (the first time on a machine compiles them)")
-    for room in (dataset_kernels, bag_kernels, shard_kernels, worker_kernels):
+    for room in (dataset_kernels, shard_kernels, worker_kernels):
         room.warm_up()
+    if any(column.bag for column in schema.categorical):
+        bag_kernels.warm_up()
     return schema
 
 

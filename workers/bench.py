@@ -179,6 +179,7 @@ def ours(path: str, dim: int, threads: int, shards: int, consistency: str) -> di
 
 
 def _train(task: _Task, store: Store, consistency: str, pids: list[int], begin: float) -> dict[str, float]:
+    empty = sum(_resident(pid) for pid in pids)
     network = Network(_spec(task), store, torch.device("cpu"))
     sparse = SparseConfig(kind="rowwise_adagrad", learning_rate=LEARNING_RATE, eps=EPS)
     config = OptimizerConfig(sparse=sparse, dense=DenseConfig(kind="sgd", learning_rate=LEARNING_RATE))
@@ -216,7 +217,9 @@ def _train(task: _Task, store: Store, consistency: str, pids: list[int], begin: 
     readings["startup_seconds"] = before["startup"]
     tables = sum(shard["table_bytes"] + shard["state_bytes"] for shard in store.statistics())
     if pids:
-        readings["shard_resident_over_tables"] = sum(_resident(pid) for pid in pids) / tables
+        # Started from here, a shard has imported all that this process has; on Ray it has not.
+        readings["empty_shard_gb"] = empty / len(pids) / 1e9
+        readings["shard_growth_over_tables"] = (sum(_resident(pid) for pid in pids) - empty) / tables
     readings["worker_resident_gb"] = _resident("self") / 1e9
     return readings
 
