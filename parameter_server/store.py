@@ -53,7 +53,6 @@ class Counters:
     wire_bytes: int = 0
     moved: int = 0
     retries: int = 0
-    pull_wait_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..datasets.schema import Batch, CategoricalColumn, DenseColumn, Ids, Schema
+from ..datasets.synthetic import KAGGLE
 from ..parameter_server import kernels
 from ..parameter_server.requests import Clock
 from ..parameter_server.rpc_bench import process_cpu, shard_processes
@@ -36,27 +37,6 @@ from .network import Network, NetworkSpec
 from .optimizers import DenseConfig, OptimizerConfig, SparseConfig
 from .pipeline import Pipeline
 
-KAGGLE = [
-    1460,
-    583,
-    10131227,
-    2202608,
-    305,
-    24,
-    12517,
-    633,
-    3,
-    93145,
-    5683,
-    8351593,
-    3194,
-    27,
-    14992,
-    5461306,
-    10,
-    5652,
-]
-KAGGLE += [2173, 4, 7046547, 18, 15, 286181, 105, 142572]
 DENSE, WARM, LEARNING_RATE, EPS = 13, 5, 0.01, 1e-8
 
 

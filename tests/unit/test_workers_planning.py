@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from embershard.datasets.schema import CategoricalColumn, DenseColumn, Schema
+from embershard.datasets.synthetic import KAGGLE
 from embershard.parameter_server.tables import Optimizer
 from embershard.workers.embeddings.base import EmbeddingError
 from embershard.workers.embeddings.planning import (
@@ -18,9 +19,6 @@ from embershard.workers.embeddings.planning import (
     plan_features,
 )
 from embershard.workers.models.dlrm import DLRM, dot_interaction
-
-KAGGLE = [1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306]
-KAGGLE += [10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572]
 
 
 def schema(*columns: dict[str, Any]) -> Schema:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from embershard.datasets.schema import CategoricalColumn, Schema
+from embershard.datasets.synthetic import KAGGLE, TERABYTE
 from embershard.parameter_server.tables import Optimizer
 from embershard.workers.embeddings.base import EmbeddingError, Feature, Method, UnreachableRatio
 from embershard.workers.embeddings.moduli import chinese_remainder, problem, quotient_remainder, within
@@ -22,10 +23,6 @@ from embershard.workers.embeddings.planning import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-KAGGLE = [1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306]
-KAGGLE += [10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572]
-TERABYTE = [39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10, 2208, 11938, 155]
-TERABYTE += [4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36]
 DCN_V2 = [40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956, 405282, 10, 2209, 11938, 155]
 DCN_V2 += [4, 976, 14, 40000000, 40000000, 40000000, 590152, 12973, 108, 36]
 
