@@ -39,7 +39,8 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     methods = [build_method(feature, optimizer) for feature in plan_features(schema, config.embedding, config.seed)]
     for line in feature_lines(feature_table(methods)):
         progress.note(line)
-    progress.note(choose_placement(config.job())[1])
+    config.embedding.placement, reason = choose_placement(config.job())  # once, for all workers
+    progress.note(reason)
     progress.note("loading kernels (the first time on a machine compiles them)")
     for room in (dataset_kernels, shard_kernels, worker_kernels):
         room.warm_up()

@@ -15,7 +15,6 @@ import torch
 from ..parameter_server.allocator import keep_freed_memory
 from ..parameter_server.store import Store
 from ..workers.job import TrainingJob
-from ..workers.placement import choose_placement
 from ..workers.replicated import ReplicatedStore, all_gather_bytes
 from ..workers.trainer import train
 from .coordinator import NAME
@@ -29,7 +28,6 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
     coordinator = ray.get_actor(NAME, namespace=assignment["namespace"])
     context = ray.train.get_context()
     job: TrainingJob = assignment["job"]
-    job.embedding.placement, _ = choose_placement(job)
     _use_threads(job, context.get_local_world_size())
     stop = StopFlag(coordinator)
     with _open_store(job, assignment, context.get_world_size()) as store:
