@@ -12,9 +12,9 @@ _KEPT = 1 << 30
 def keep_freed_memory() -> bool:
     """Makes malloc reuse large buffers rather than give each back to the system; False if it is not glibc's.
 
-    A buffer that comes fresh from the system is paid for again in page faults, one per 4 KiB: half of what it costs to
-    receive a frame (docs/results.md). In return the process keeps up to 1 GiB that it has used once. For processes that
-    are ours alone, shards and workers; never called on import.
+    A buffer that comes fresh from the system is paid for again in page faults, one per 4 KiB. In return the
+    process keeps up to 1 GiB that it has used once. For processes that are ours alone, shards and workers; never called
+    on import.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
