@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import restore
+from . import failpoints, restore
 from .blocks import BlockMap
 from .requests import Completed
 from .shard import Shard
@@ -36,6 +36,8 @@ class Administration:
             "load": self.load,
             "statistics": self.shard.statistics,
         }
+        if failpoints.allowed():
+            self._methods["arm"] = failpoints.arm
 
     def call(self, method: str, arguments: Mapping[str, Any]) -> Any:
         """Raises StoreError for an unknown method, and whatever the method raises."""
