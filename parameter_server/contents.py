@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from threading import RLock
+from typing import Any
 
 import numpy as np
 
 from . import kernels, ledger, optimizers, snapshot
 from .blocks import BlockMap
 from .memory import SlabMemory, split_block
+from .records import Journal, Kind, encode_tensors
 from .snapshot import LEDGER, Snapshot
 from .store import StoreError
 from .tables import Layout, TableError, TableSpec
@@ -35,6 +37,12 @@ class Contents:
         self._memory: list[SlabMemory] = []
         self._held = np.zeros(blocks, np.bool_)
         self._snapshot: Snapshot | None = None
+        self.journal: Journal | None = None
+
+    def _record(self, kind: Kind, content: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None) -> None:
+        """To be called when nothing can fail any more and nothing has changed yet. Raises JournalError."""
+        if self.journal is not None:
+            self.journal.append(kind, *encode_tensors(content, tensors or {}))
 
     def set_block_map(self, block_map: BlockMap) -> None:
         """Takes over a newer map. Blocks that go elsewhere are dropped; blocks that come are served after `load_block`.
@@ -53,6 +61,8 @@ class Contents:
             leaving = np.flatnonzero(self._held & ~owned).tolist()
             for block in leaving:
                 self._not_in_cut(block)
+            content = {"epoch": block_map.epoch, "addresses": block_map.addresses, "owners": block_map.owners.tolist()}
+            self._record(Kind.BLOCK_MAP, content)
             for block in leaving:
                 self._held[block] = False
                 self.ledger.drop_block(block)
@@ -75,6 +85,8 @@ class Contents:
                 warm_up(memory.slab.index_dtype)
                 for block in np.flatnonzero(self._held).tolist():
                     memory.initialise(block, layout.seed)
+            if added:
+                self._record(Kind.TABLES, {"tables": [spec.model_dump() for spec in tables]})
             self.layout = layout
             self._memory += added
 
@@ -132,6 +144,7 @@ class Contents:
                 raise TableError(f"block {block} comes without table {missing[0]!r}, which shard {self.number} has")
             for memory in self._memory:
                 memory.check(block, tensors)
+            self._record(Kind.BLOCK, {"block": block}, tensors)
             without_state = [name for memory in self._memory for name in memory.load(block, tensors)]
             if f"{LEDGER}client" in tensors:
                 names = ("client", "generation", "highest", "window")
@@ -144,6 +157,8 @@ class Contents:
         with self.lock:
             memory = self._memory[slab]
             here = self._held[index // memory.slab.rows_per_block]
+            written = {"index": index, "weights": weights} | ({} if state is None else {"state": state})
+            self._record(Kind.ROWS, {"slab": slab}, written)
             if self._snapshot is not None:
                 self._snapshot.save(slab, readable(index[here]))
             memory.weights[index[here]] = weights[here]

@@ -103,6 +103,7 @@ class Refusal:
 FENCED = "FENCED"  # an older generation, or one the shard has not been told of
 INVALID = "INVALID"  # sizes, rows or values that cannot be right
 TOO_OLD = "TOO_OLD"  # a sequence number below the ledger's window: neither new nor provably a duplicate
+NOT_WRITTEN = "NOT_WRITTEN"  # the journal cannot be written, so nothing may be acknowledged
 TIMEOUT = "TIMEOUT"  # the call waited for others until its deadline; the message names them
 
 Reply = PullReply | PushReply | Refusal

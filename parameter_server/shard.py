@@ -7,18 +7,20 @@ has to wait, and a push of `sync` whose step is not complete, are kept here and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from . import kernels, ledger, optimizers
+from . import failpoints, kernels, ledger, optimizers
 from .clocks import Clocks
 from .contents import Contents
+from .records import JournalError, Kind, encode_pushes
 from .requests import (
     FENCED,
     INVALID,
+    NOT_WRITTEN,
     TIMEOUT,
     TOO_OLD,
     BlockStatus,
@@ -81,6 +83,7 @@ class Shard(Contents):
                     raise ValueError(f"generation {generation} began with {self.clocks.workers} workers, not {workers}")
                 return []
             fenced = Refusal(FENCED, f"generation {generation} has begun: calls of older ones are refused")
+            self._record(Kind.BEGIN, {"generation": generation, "workers": workers, "step": step})
             waiting = [*self._pulls, *self._pending_pushes()]
             self._pulls, self._steps = [], {}
             self.clocks.begin(generation, workers, step)
@@ -118,15 +121,20 @@ class Shard(Contents):
                 return self._hold(_Waiting(request, clock, token, deadline))
             try:
                 statuses = self._decide(request)
+                self._write([(request, statuses)])
             except LookupError as error:
                 return self._refused(token, Refusal(TOO_OLD, str(error)))
-            for part, grads, rate in zip(request.parts, request.grads, request.learning_rates, strict=True):
-                self._update(part.slab, *_accepted(part, grads, statuses), rate)
-            completed = [Completed(token, self._enter(request, statuses))]
-            if clock is not None:
-                self.clocks.record(clock.rank, clock.step)
-                completed += self._release()
-            return completed
+            except JournalError as error:
+                return self._refused(token, Refusal(NOT_WRITTEN, str(error)))
+            self._apply([(request, statuses)])
+            completed = [Completed(token, self._answer(request, statuses))]
+            return completed if clock is None else completed + self._release()
+
+    def repeat(self, pushes: Sequence[PushRequest]) -> None:
+        """Does again what a record of pushes says (`records.decode_pushes`): all that is in it was applied, as one."""
+        with self.lock:
+            applied = np.full(self.layout.blocks, APPLIED, np.uint8)
+            self._apply([(checked_push(push, self.layout.slabs), applied) for push in pushes])
 
     def expire(self, now: float) -> list[Completed]:
         """Answers the calls whose deadline has come with TIMEOUT and whom they waited for; nothing is applied."""
@@ -225,12 +233,33 @@ class Shard(Contents):
             touched[part.blocks] = True
         return touched.nonzero()[0]
 
-    def _enter(self, request: PushRequest, statuses: np.ndarray) -> PushReply:
-        """Marks an applied push in the ledger and makes its reply."""
-        generation = ledger.NO_GENERATION if request.clock is None else request.clock.generation
+    def _write(self, decided: Sequence[tuple[PushRequest, np.ndarray]]) -> None:
+        """A record of pushes that are about to be applied as one. Raises JournalError: none of them may be."""
+        failpoints.hit("push.checked")
+        if self.journal is not None and any(r.clock is not None or (s == APPLIED).any() for r, s in decided):
+            self.journal.append(Kind.PUSHES, *encode_pushes(decided))
+        failpoints.hit("push.journalled")
+
+    def _apply(self, decided: Sequence[tuple[PushRequest, np.ndarray]]) -> None:
+        """Applies what is new of pushes, their gradients added in this order, and marks it in ledger and clocks."""
+        taken: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        rates: dict[int, float] = {}
+        for request, statuses in decided:
+            for part, grads, rate in zip(request.parts, request.grads, request.learning_rates, strict=True):
+                taken.setdefault(part.slab, []).append(_accepted(part, grads, statuses))
+                rates[part.slab] = rate
+            clock = request.clock
+            generation = ledger.NO_GENERATION if clock is None else clock.generation
+            blocks = self._touched(request)
+            self.ledger.mark(request.client, request.sequence, blocks[statuses[blocks] == APPLIED], generation)
+            if clock is not None:
+                self.clocks.record(clock.rank, clock.step)
+        for slab, contributions in taken.items():
+            self._update(slab, *sum_pushes(contributions), rates[slab])
+        failpoints.hit("push.applied")
+
+    def _answer(self, request: PushRequest, statuses: np.ndarray) -> PushReply:
         replies = [statuses[part.blocks] for part in request.parts]
-        blocks = self._touched(request)
-        self.ledger.mark(request.client, request.sequence, blocks[statuses[blocks] == APPLIED], generation)
         self._counts["pushes"] += 1
         for reply in replies:
             if reply.any():
@@ -263,31 +292,32 @@ class Shard(Contents):
 
     def _complete(self, ranks: Mapping[int, list[_Waiting]]) -> list[Completed]:
         """Applies one step of `sync`: the pushes of all ranks added in rank order. A repetition only gets an answer."""
-        completed = []
-        taken: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-        rates: dict[int, float] = {}
-        for rank in sorted(ranks):
-            for call in ranks[rank]:
-                assert isinstance(call.request, PushRequest)
-                try:
-                    statuses = self._decide(call.request)
-                except LookupError as error:
-                    completed += self._refused(call.token, Refusal(TOO_OLD, str(error)))
-                    continue
-                for part, grads, rate in zip(
-                    call.request.parts, call.request.grads, call.request.learning_rates, strict=True
-                ):
-                    taken.setdefault(part.slab, []).append(_accepted(part, grads, statuses))
-                    rates[part.slab] = rate
-                completed.append(Completed(call.token, self._enter(call.request, statuses)))
-            self.clocks.record(rank, self._clock_of(ranks, rank).step)
-        for slab, contributions in taken.items():
-            self._update(slab, *sum_pushes(contributions), rates[slab])
-        return completed
-
-    @staticmethod
-    def _clock_of(ranks: Mapping[int, list[_Waiting]], rank: int) -> Clock:
-        return ranks[rank][0].clock
+        completed: list[Completed] = []
+        decided: list[tuple[PushRequest, np.ndarray]] = []
+        answered: list[tuple[object, PushRequest, np.ndarray]] = []
+        taken: dict[tuple[int, int], np.ndarray] = {}  # (client, sequence) -> blocks that an earlier call brings
+        for call in (call for rank in sorted(ranks) for call in ranks[rank]):
+            request = call.request
+            assert isinstance(request, PushRequest)
+            try:
+                statuses = self._decide(request)
+            except LookupError as error:
+                completed += self._refused(call.token, Refusal(TOO_OLD, str(error)))
+                request = PushRequest(request.client, request.sequence, [], [], [], call.clock)  # its clock counts
+                decided.append((request, np.full(self.layout.blocks, MOVED, np.uint8)))
+                continue
+            before = taken.setdefault((request.client, request.sequence), np.zeros(len(statuses), np.bool_))
+            statuses[before & (statuses == APPLIED)] = BlockStatus.DUPLICATE
+            before |= statuses == APPLIED
+            decided.append((request, statuses))
+            answered.append((call.token, request, statuses))
+        try:
+            self._write(decided)
+        except JournalError as error:
+            refusal = Refusal(NOT_WRITTEN, str(error))
+            return completed + [done for token, _, _ in answered for done in self._refused(token, refusal)]
+        self._apply(decided)
+        return completed + [Completed(token, self._answer(*pair)) for token, *pair in answered]
 
     def _release(self) -> list[Completed]:
         """Answers the pulls whose clock is satisfied now."""
