@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,15 @@ class Administration:
     def __init__(self, shard: Shard, deliver: Callable[[list[Completed]], None]) -> None:
         self.shard = shard
         self._deliver = deliver
-        self._cuts: dict[int, Snapshot] = {}
+        self._cuts: dict[int, Snapshot] = {}  # waiting to be written
+        self._written: dict[int, Snapshot] = {}  # being written
         self._numbers = itertools.count(1)
         self._methods: dict[str, Callable[..., Any]] = {
             "describe": self.describe,
             "set_block_map": self.set_block_map,
             "create_tables": self.create_tables,
             "begin": self.begin,
+            "reset": self.shard.reset,
             "mark": self.mark,
             "write": self.write,
             "check_load": self.check_load,
@@ -64,9 +66,13 @@ class Administration:
         self.shard.create_tables([TableSpec.model_validate(table) for table in tables])
 
     def begin(self, generation: int, workers: int, step: int) -> None:
+        older = self.shard.clocks.generation != generation
         self._deliver(self.shard.begin(generation, workers, step))
+        if older:  # whoever asked for these checkpoints is gone, or fenced
+            self._give_up([*self._cuts.values(), *self._written.values()])
 
     def mark(self) -> int:
+        self._give_up(self._cuts.values())  # nobody came to write it: its number was lost on the way
         number = next(self._numbers)
         self._cuts[number] = self.shard.mark()
         return number
@@ -75,7 +81,18 @@ class Administration:
         snapshot = self._cuts.pop(cut, None)
         if snapshot is None:
             raise StoreError(f"shard {self.shard.number}: cut {cut} is unknown: mark again, then write")
-        return [entry.model_dump() for entry in restore.write_blocks(snapshot, directory)]
+        self._written[cut] = snapshot
+        try:
+            return [entry.model_dump() for entry in restore.write_blocks(snapshot, directory)]
+        except KeyError:
+            raise StoreError(f"shard {self.shard.number}: the checkpoint {directory} was given up") from None
+        finally:
+            del self._written[cut]
+
+    @staticmethod
+    def _give_up(cuts: Iterable[Snapshot]) -> None:
+        for snapshot in list(cuts):
+            snapshot.close()
 
     def check_load(self, directory: str, tables: dict[str, str]) -> None:
         restore.check_load(self.shard, directory, tables)

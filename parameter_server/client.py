@@ -7,7 +7,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -23,7 +23,7 @@ from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
 from .protocol.messages import decode_reply, encode_request
 from .requests import INVALID, PullRequest, PushRequest, Refusal
 from .sharded import OnAnswer, ShardedStore
-from .store import StoreError, StoreTimeout
+from .store import ShardUnavailable, StoreError, StoreTimeout
 from .tables import Layout, TableSpec
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
@@ -48,20 +48,32 @@ _ERRORS: dict[str, type[Exception]] = {
 class StoreClient(ShardedStore):
     """A store whose shards listen elsewhere. `connect` learns everything else from the first shard that answers."""
 
-    def __init__(self, layout: Layout, block_map: BlockMap, timeout: float) -> None:
-        super().__init__(layout, block_map, timeout)
+    def __init__(
+        self,
+        layout: Layout,
+        block_map: BlockMap,
+        timeout: float,
+        find_map: Callable[[], BlockMap | None] = lambda: None,
+    ) -> None:
+        super().__init__(layout, block_map, timeout, find_map)
         self._links: dict[str, _Link] = {}
 
     @classmethod
-    def connect(cls, address: str | Sequence[str], *, timeout: float = 60.0) -> StoreClient:
-        """Raises StoreTimeout if no shard at `address` answers within `timeout` seconds."""
+    def connect(
+        cls,
+        address: str | Sequence[str],
+        *,
+        timeout: float = 60.0,
+        find_map: Callable[[], BlockMap | None] = lambda: None,
+    ) -> StoreClient:
+        """Raises StoreTimeout if no shard at `address` answers within `timeout` seconds. find_map: see ShardedStore."""
         addresses = [address] if isinstance(address, str) else list(address)
         deadline = time.monotonic() + timeout
         while True:
             for candidate in addresses:
                 link = _Link(candidate)
                 try:
-                    return cls._from(link.control("describe", {}, min(5.0, timeout)), timeout)
+                    return cls._from(link.control("describe", {}, min(5.0, timeout)), timeout, find_map)
                 except StoreError:
                     continue
                 finally:
@@ -71,12 +83,12 @@ class StoreClient(ShardedStore):
             time.sleep(0.1)
 
     @classmethod
-    def _from(cls, described: dict[str, Any], timeout: float) -> StoreClient:
+    def _from(cls, described: dict[str, Any], timeout: float, find_map: Callable[[], BlockMap | None]) -> StoreClient:
         layout = Layout(described["blocks"], described["seed"])
         for tables in described["slabs"]:
             layout.add([TableSpec.model_validate(table) for table in tables])
         owners = np.array(described["owners"], np.uint16)
-        return cls(layout, BlockMap(described["epoch"], owners, tuple(described["addresses"])), timeout)
+        return cls(layout, BlockMap(described["epoch"], owners, tuple(described["addresses"])), timeout, find_map)
 
     def _link(self, shard: int) -> _Link:
         address = self.block_map.addresses[shard]
@@ -125,10 +137,12 @@ class _Link:
         try:
             reply = self._control(request, timeout=timeout)
         except grpc.RpcError as error:
-            raise StoreError(f"shard {self.address}: {method} failed: {error.code().name} {error.details()}") from None
+            gone = error.code() is grpc.StatusCode.UNAVAILABLE
+            kind = ShardUnavailable if gone else StoreError
+            raise kind(f"shard {self.address}: {method} failed: {error.code().name} {error.details()}") from None
         if reply.error:
-            kind, _, message = reply.error.partition(": ")
-            raise _ERRORS.get(kind, StoreError)(message if kind in _ERRORS else f"shard {self.address}: {reply.error}")
+            name, _, message = reply.error.partition(": ")
+            raise _ERRORS.get(name, StoreError)(message if name in _ERRORS else f"shard {self.address}: {reply.error}")
         return json.loads(reply.result)
 
     def close(self) -> None:

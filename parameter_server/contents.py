@@ -90,6 +90,22 @@ class Contents:
             self.layout = layout
             self._memory += added
 
+    def reset(self) -> None:
+        """Gives every row held its initial values again and forgets every push: as if tables had just been created.
+
+        Raises:
+            StoreError: a cut still needs a block; nothing was changed.
+        """
+        with self.lock:
+            held = np.flatnonzero(self._held).tolist()
+            for block in held:
+                self._not_in_cut(block)
+            self._record(Kind.RESET, {})
+            for memory in self._memory:
+                for block in held:
+                    memory.initialise(block, self.layout.seed)
+            self.ledger = ledger.Ledger(self.layout.blocks)
+
     def mark(self) -> Snapshot:
         """Cuts: the snapshot holds every row and the ledger as they are now. Milliseconds, whatever the size.
 

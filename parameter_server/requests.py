@@ -105,6 +105,7 @@ INVALID = "INVALID"  # sizes, rows or values that cannot be right
 TOO_OLD = "TOO_OLD"  # a sequence number below the ledger's window: neither new nor provably a duplicate
 NOT_WRITTEN = "NOT_WRITTEN"  # the journal cannot be written, so nothing may be acknowledged
 TIMEOUT = "TIMEOUT"  # the call waited for others until its deadline; the message names them
+LATER = "LATER"  # not now: the same call is sent again after a moment
 
 Reply = PullReply | PushReply | Refusal
 

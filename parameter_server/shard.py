@@ -16,10 +16,12 @@ import numpy as np
 from . import failpoints, kernels, ledger, optimizers
 from .clocks import Clocks
 from .contents import Contents
+from .lease import Lease
 from .records import JournalError, Kind, encode_pushes
 from .requests import (
     FENCED,
     INVALID,
+    LATER,
     NOT_WRITTEN,
     TIMEOUT,
     TOO_OLD,
@@ -60,11 +62,13 @@ class Shard(Contents):
     def __init__(self, number: int, layout: Layout) -> None:
         super().__init__(number, layout)
         self.clocks = Clocks()
+        self.lease = Lease()
         self._pulls: list[_Waiting] = []
         self._steps: dict[int, dict[int, list[_Waiting]]] = {}  # step -> rank -> pushes of `sync`
         self._counts = dict.fromkeys(
             ("pulls", "pushes", "rows_pulled", "rows_pushed", "duplicates", "moved", "refused", "timeouts", "fenced"), 0
         )
+        self._counts["lease_ended"] = 0
 
     def begin(self, generation: int, workers: int, step: int) -> list[Completed]:
         """Starts a generation whose next step is `step + 1`; waiting calls of the older one are answered FENCED.
@@ -94,6 +98,8 @@ class Shard(Contents):
     def pull(self, request: PullRequest, token: object, deadline: float) -> list[Completed]:
         """Reads rows, at once or when the pushes that the clock asks for have been applied."""
         with self.lock:
+            if self.lease.ended:
+                return self._unleased(token)
             try:
                 request = checked_pull(request, self.layout.slabs)
             except InvalidRequest as error:
@@ -110,6 +116,8 @@ class Shard(Contents):
     def push(self, request: PushRequest, token: object, deadline: float) -> list[Completed]:
         """Applies a push, or keeps it until its step is complete (`sync`); answers whoever waited for it, too."""
         with self.lock:
+            if self.lease.ended:
+                return self._unleased(token)
             clock = request.clock
             if clock is not None and (refusal := self.clocks.refuse(clock)) is not None:
                 return self._refused(token, refusal)
@@ -178,6 +186,13 @@ class Shard(Contents):
     def _refused(self, token: object, refusal: Refusal) -> list[Completed]:
         self._counts["fenced" if refusal.code == FENCED else "refused"] += 1
         return [Completed(token, refusal)]
+
+    def _unleased(self, token: object) -> list[Completed]:
+        """Not even a clock is recorded: another shard may serve these blocks by now."""
+        self._counts["lease_ended"] += 1
+        return [
+            Completed(token, Refusal(LATER, f"shard {self.number} has not heard from the coordinator for too long"))
+        ]
 
     def _pending_pushes(self) -> Iterable[_Waiting]:
         return (call for ranks in self._steps.values() for calls in ranks.values() for call in calls)

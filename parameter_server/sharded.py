@@ -13,6 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -21,23 +22,34 @@ import numpy as np
 from . import checkpoint
 from .blocks import BlockMap
 from .operations import Operation, Pull, Push
-from .requests import FENCED, TIMEOUT, Clock, PullRequest, PushRequest, Refusal, Reply, RowSet
+from .requests import FENCED, LATER, TIMEOUT, Clock, PullRequest, PushRequest, Refusal, Reply, RowSet
 from .routing import Share, split
-from .store import Counters, FencedError, Store, StoreError, StoreTimeout
+from .store import Counters, FencedError, ShardUnavailable, Store, StoreError, StoreTimeout
 from .tables import Layout, TableSpec
 
 # Well below the ledger's window of 64, so that a repeated push is always still inside it.
 MAX_OPEN_PUSHES = 32
 RETRY_SECONDS = 0.05
+FIND_SECONDS = 1.0  # between two questions for a newer block map
 
 Answer = Reply | ConnectionError
 OnAnswer = Callable[[Answer, BlockMap | None], None]
 
 
 class ShardedStore(Store):
-    """Everything of a store but the link to its shards."""
+    """Everything of a store but the link to its shards.
 
-    def __init__(self, layout: Layout, block_map: BlockMap, timeout: float) -> None:
+    find_map: asked, on a thread of the background and now and then, for the present block map while a shard does not
+    answer or does not serve: it may have been replaced at another address. None is no news.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        block_map: BlockMap,
+        timeout: float,
+        find_map: Callable[[], BlockMap | None] = lambda: None,
+    ) -> None:
         self.layout = layout
         self.block_map = block_map
         self.timeout = timeout
@@ -45,8 +57,10 @@ class ShardedStore(Store):
         self.client = secrets.randbits(63)
         self._sequence = itertools.count(1)
         self._pushes = threading.Semaphore(MAX_OPEN_PUSHES)
-        self._background = ThreadPoolExecutor(max_workers=max(2, len(block_map.addresses) + 1))
+        self._background = ThreadPoolExecutor(max_workers=len(block_map.addresses) + 2)
         self._timer = _Timer()
+        self._find_map = find_map
+        self._next_find = 0.0
 
     @abstractmethod
     def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
@@ -57,8 +71,21 @@ class ShardedStore(Store):
         """One administrative call; arguments and result are JSON values. Raises StoreError, TableError, ..."""
 
     def _control_all(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
-        shards = range(len(self.block_map.addresses))
-        return list(self._background.map(lambda shard: self._control(shard, method, arguments), shards))
+        """The call to every shard; one that cannot be reached is tried again until `timeout`: it may be restarting."""
+        deadline = time.monotonic() + self.timeout
+
+        def call(shard: int) -> Any:
+            while True:
+                try:
+                    return self._control(shard, method, arguments)
+                except ShardUnavailable:
+                    if time.monotonic() > deadline:
+                        raise
+                self.counters.retries += 1
+                self._look_for_map()
+                time.sleep(RETRY_SECONDS)
+
+        return list(self._background.map(call, range(self.shards)))
 
     @property
     def shards(self) -> int:
@@ -77,6 +104,9 @@ class ShardedStore(Store):
 
     def begin(self, generation: int, workers: int, step: int) -> None:
         self._control_all("begin", {"generation": generation, "workers": workers, "step": step})
+
+    def reset(self) -> None:
+        self._control_all("reset", {})
 
     def pull(self, parts: Sequence[RowSet], clock: Clock | None = None) -> Future[list[np.ndarray]]:
         self.counters.pulls += 1
@@ -135,9 +165,10 @@ class ShardedStore(Store):
             return
         if newer is not None and newer.epoch > self.block_map.epoch:
             self._adopt(newer)
-        if isinstance(answer, ConnectionError):
+        if isinstance(answer, ConnectionError) or (isinstance(answer, Refusal) and answer.code == LATER):
             self.counters.retries += 1
-            self._timer.later(RETRY_SECONDS, lambda: self._call(operation, shard, shares))
+            self._look_for_map()
+            self._timer.later(RETRY_SECONDS, partial(self._repeat, operation, shard, shares))
             return
         if isinstance(answer, Refusal):
             operation.fail(_refused(self.block_map.addresses[shard], answer))
@@ -145,6 +176,15 @@ class ShardedStore(Store):
         if moved := operation.accept(shares, answer):
             self.counters.moved += sum(len(share.rows.blocks) for share in moved)
             self._redirect(operation, shard, moved)
+        if operation.answered(shard):
+            operation.succeed()
+
+    def _repeat(self, operation: Operation, shard: int, shares: list[Share]) -> None:
+        """The same call again, at the shard's address of now; to the new owners if the shard is no more."""
+        if shard < self.shards:
+            self._recall(operation, shard, shares)
+            return
+        self._redirect(operation, shard, shares)
         if operation.answered(shard):
             operation.succeed()
 
@@ -166,6 +206,19 @@ class ShardedStore(Store):
 
     def _adopt(self, newer: BlockMap) -> None:
         self.block_map = newer
+
+    def _look_for_map(self) -> None:
+        if time.monotonic() < self._next_find:
+            return
+        self._next_find = time.monotonic() + FIND_SECONDS
+
+        def find() -> None:
+            newer = self._find_map()
+            if newer is not None and newer.epoch > self.block_map.epoch:
+                self._adopt(newer)
+
+        with suppress(RuntimeError):  # the store is being closed
+            self._background.submit(find)
 
     def save(
         self,

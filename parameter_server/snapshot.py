@@ -163,6 +163,7 @@ class Snapshot:
         on_close: Callable[[], None],
     ) -> None:
         self.shard = shard
+        self.closed = False
         self.blocks: list[int] = np.flatnonzero(held).tolist()
         self.tables: list[TableSpec] = [spec for memory in slabs for spec in memory.slab.tables]
         self._cuts = [SlabCut(memory, len(self.blocks)) for memory in slabs]
@@ -201,9 +202,11 @@ class Snapshot:
     def close(self) -> None:
         """Ends copy-on-write and frees what it took; blocks not taken are lost to this cut."""
         with self._lock:
-            self._pending[:] = False
-            self._cuts = []
-            self._on_close()
+            if not self.closed:
+                self.closed = True
+                self._pending[:] = False
+                self._cuts = []
+                self._on_close()
 
     def __enter__(self) -> Snapshot:
         return self

@@ -28,6 +28,10 @@ class FencedError(StoreError):
     """This worker belongs to an older generation: nothing it writes is taken any more."""
 
 
+class ShardUnavailable(StoreError):
+    """A shard cannot be reached; nothing of the call was done, or nobody knows."""
+
+
 class StoreTimeout(StoreError):
     """A deadline passed; the message names the shard, and whom the shard was waiting for."""
 
@@ -93,6 +97,10 @@ class Store(ABC):
     @abstractmethod
     def begin(self, generation: int, workers: int, step: int) -> None:
         """Starts a generation of `workers` workers whose next step is `step + 1`; fences all older generations."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Every row has its initial value again and no push is remembered: as if the tables had just been created."""
 
     @abstractmethod
     def pull(self, parts: Sequence[RowSet], clock: Clock | None = None) -> Future[list[np.ndarray]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..parameter_server import checkpoint
 from ..parameter_server.files import MANIFEST
-from ..parameter_server.store import Store
+from ..parameter_server.store import Store, StoreError
 
 
 @dataclass
@@ -28,11 +28,18 @@ class Found:
 class Checkpoints:
     """The checkpoints of a run, below `directory`: one at a time, written in the background; the newest `keep` stay."""
 
-    def __init__(self, directory: str, store: Store, keep: int) -> None:
+    def __init__(
+        self,
+        directory: str,
+        store: Store,
+        keep: int,
+        report: Callable[[dict[str, Any]], object] = lambda record: None,
+    ) -> None:
         self.newest: str | None = None
         self.directory = directory.rstrip("/")
         self._store = store
         self._keep = keep
+        self._report = report
         self._writing: tuple[str, Future[dict[str, Any]]] | None = None
 
     def save(self, step: int, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
@@ -45,15 +52,23 @@ class Checkpoints:
         path = f"{self.directory}/step-{step:09d}"
         self._writing = (path, self._store.save(path, step=step, tensors=tensors, state=state))
 
-    def finish(self) -> None:
-        """Until the checkpoint being written is complete; then removes those that are too many."""
+    def finish(self) -> bool:
+        """Until the checkpoint being written is complete; then removes those that are too many.
+
+        False: there is none, because a shard failed meanwhile; that was reported, and training may go on.
+        """
         if self._writing is None:
-            return
+            return True
         path, future = self._writing
         self._writing = None
-        future.result()
+        try:
+            future.result()
+        except StoreError as error:  # a shard that restarted has lost its cut
+            self._report({"note": f"{path} was not written: {error}"})
+            return False
         self.newest = path
         self._remove_old()
+        return True
 
     def _remove_old(self) -> None:
         fs, root = fsspec.core.url_to_fs(self.directory)

@@ -64,6 +64,9 @@ class ReplicatedStore(Store):
     def begin(self, generation: int, workers: int, step: int) -> None:
         self._own.begin(generation, workers, step)
 
+    def reset(self) -> None:
+        self._own.reset()
+
     def pull(self, parts: Sequence[RowSet], clock: Clock | None = None) -> Future[list[np.ndarray]]:
         return self._own.pull(parts, clock)
 

@@ -14,7 +14,7 @@ from ..datasets.order import Cursor
 from ..datasets.schema import Batch, DataError, Schema
 from ..datasets.stream import ParquetStream
 from ..parameter_server.requests import Clock
-from ..parameter_server.store import Store
+from ..parameter_server.store import Store, StoreError
 from .checkpoints import Checkpoints, Found, load_by_name, newest
 from .evaluate import best_auc, measure
 from .group import Group
@@ -39,6 +39,7 @@ def train(
     rank: int = 0,
     workers: int = 1,
     generation: int = 1,
+    reached: int | None = None,
     device: torch.device | str = "cpu",
     directory: str,
     report: Callable[[dict[str, Any]], object] = lambda record: None,
@@ -48,8 +49,9 @@ def train(
     """Trains what `job` says, as one of `workers` workers; returns the summary (the keys of `train --json`).
 
     A checkpoint in `directory` is gone on from, the newest that verifies. With several workers a torch.distributed
-    process group must exist. generation: grows with every start of the run; older workers are fenced. report: takes
-    {"note": text} and records with a step; called on rank 0 alone. stop_requested: asked at step boundaries; the
+    process group must exist. generation: grows with every start of the run; older workers are fenced. reached: the step
+    that an earlier generation had come to on this very store, which therefore goes back to the checkpoint, or without
+    one to the initial values. report: takes {"note": text} and records with a step; called on rank 0 alone. stop_requested: asked at step boundaries; the
     run then ends with a checkpoint, and the summary says "stopped". wrap: DistributedDataParallel or the like.
 
     Raises:
@@ -57,7 +59,7 @@ def train(
         StoreError: a shard failed or refused.
     """
     group = Group(rank, workers, torch.device(device))
-    run = _Run(job, store, group, generation, directory, report if rank == 0 else lambda record: None)
+    run = _Run(job, store, group, generation, reached, directory, report if rank == 0 else lambda record: None)
     try:
         return run.train(stop_requested, wrap)
     finally:
@@ -73,6 +75,7 @@ class _Run:
         store: Store,
         group: Group,
         generation: int,
+        reached: int | None,
         directory: str,
         report: Callable[[dict[str, Any]], object],
     ) -> None:
@@ -81,8 +84,8 @@ class _Run:
         if job.train.threads is not None:
             torch.set_num_threads(job.train.threads)
         self.job, self.store, self.group, self.report = job, store, group, report
-        self.generation = generation
-        self.checkpoints = Checkpoints(directory, store, job.checkpoint.keep)
+        self.generation, self.reached = generation, reached
+        self.checkpoints = Checkpoints(directory, store, job.checkpoint.keep, report)
         self.schema = load_schema(job.data.path, job.data)
         self.stream = self._open(job.data.path, self.schema, job.data.batch_size, job.data.shuffle)
         self.eval_stream = (
@@ -126,34 +129,41 @@ class _Run:
         self.learner = Learner(self.network, self.job.optimizer, total_steps=total, wrap=wrap, group=self.group)
         if found is not None:
             self._take_up(found)
-        if self.group.rank == 0 or self._replicated:
-            self.store.begin(self.generation, self.group.workers, self.step)
         self.group.barrier()
         self._seed()
         return self._loop(total, cursor, stop_requested)
 
     def _begin_with(self) -> Found | None:
-        """The checkpoint to go on from, if any; the tables are loaded, the rest is not."""
+        """The checkpoint to go on from, if any; the generation has begun, the tables are loaded, the rest is not."""
         found: Found | None = None
         if self.group.rank == 0:
             found, skipped = newest(self.checkpoints.directory)
             for problem in skipped:
                 self.report({"note": f"skipped: {problem}"})
-            if found is not None:
-                self.store.load(found.path)
-                self.checkpoints.newest = found.path
-                self.report({"note": f"going on from {found.path}"})
-            elif self.job.train.init_from is not None:
-                self.report({"note": load_by_name(self.store, self.job.train.init_from)})
         found = self.group.from_first(found)
-        if self.group.rank and self._replicated:
-            if found is not None:
-                self.store.load(found.path)
-            elif self.job.train.init_from is not None:
-                load_by_name(self.store, self.job.train.init_from)
         if found is not None:
             self.step, self.samples = found.step, int(found.state["samples"])
+            self.checkpoints.newest = found.path
+        if self.group.rank == 0 or self._replicated:
+            # Fenced first: nothing that an older generation still sends reaches what is loaded now.
+            self.store.begin(self.generation, self.group.workers, self.step)
+            self._load(found)
         return found
+
+    def _load(self, found: Found | None) -> None:
+        if found is not None:
+            self.store.load(found.path)
+            self.report({"note": f"going on from {found.path}"})
+        else:
+            if self.reached is not None:
+                self.store.reset()
+                self.report({"note": "no checkpoint yet: going on from the beginning"})
+            if self.job.train.init_from is not None:
+                self.report({"note": load_by_name(self.store, self.job.train.init_from)})
+        if self.reached is not None:
+            redone = max(0, self.reached - self.step)
+            self.report({"note": f"generation {self.generation}: {redone} steps after step {self.step} are done again"})
+            self.report({"step": self.step, "steps_redone": redone})
 
     def _take_up(self, found: Found) -> None:
         fresh = load_dense(self.network, found.tensors, self.learner.optimizer)
@@ -207,7 +217,7 @@ class _Run:
                     total = boundary = pipeline.issued  # what was asked for is trained, nothing more
             self._drain()
             result = self._at_boundary(total, stopped) or result
-        self.checkpoints.finish()
+        self._last_checkpoint()
         if result is None and not stopped:
             result = self._evaluate(total)
         self.group.barrier()
@@ -250,6 +260,12 @@ class _Run:
                 self.checkpoints.save(self.step, dense_tensors(self.network, self.learner.optimizer), state)
             self.group.barrier()
             self._seed()
+
+    def _last_checkpoint(self) -> None:
+        if self.group.any(not self.checkpoints.finish()):
+            self._save()
+            if self.group.any(not self.checkpoints.finish()):
+                raise StoreError(f"the checkpoint of step {self.step}, the last one, could not be written twice")
 
     def _evaluate(self, total: int) -> dict[str, Any] | None:
         if self.eval_stream is None:
