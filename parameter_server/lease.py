@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 
+from . import failpoints
+
 
 class Lease:
     """The right to serve, up to a moment of this process's own clock; without end as long as nobody grants one.
@@ -23,4 +25,4 @@ class Lease:
 
     @property
     def ended(self) -> bool:
-        return self._now() >= self.until
+        return self._now() >= self.until and not failpoints.active("lease")

@@ -65,10 +65,8 @@ class Shard(Contents):
         self.lease = Lease()
         self._pulls: list[_Waiting] = []
         self._steps: dict[int, dict[int, list[_Waiting]]] = {}  # step -> rank -> pushes of `sync`
-        self._counts = dict.fromkeys(
-            ("pulls", "pushes", "rows_pulled", "rows_pushed", "duplicates", "moved", "refused", "timeouts", "fenced"), 0
-        )
-        self._counts["lease_ended"] = 0
+        names = "pulls pushes rows_pulled rows_pushed duplicates moved refused timeouts fenced lease_ended"
+        self._counts = dict.fromkeys(names.split(), 0)
 
     def begin(self, generation: int, workers: int, step: int) -> list[Completed]:
         """Starts a generation whose next step is `step + 1`; waiting calls of the older one are answered FENCED.
@@ -190,9 +188,7 @@ class Shard(Contents):
     def _unleased(self, token: object) -> list[Completed]:
         """Not even a clock is recorded: another shard may serve these blocks by now."""
         self._counts["lease_ended"] += 1
-        return [
-            Completed(token, Refusal(LATER, f"shard {self.number} has not heard from the coordinator for too long"))
-        ]
+        return [Completed(token, Refusal(LATER, f"shard {self.number}: its lease has ended"))]
 
     def _pending_pushes(self) -> Iterable[_Waiting]:
         return (call for ranks in self._steps.values() for calls in ranks.values() for call in calls)

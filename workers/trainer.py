@@ -51,8 +51,9 @@ def train(
     A checkpoint in `directory` is gone on from, the newest that verifies. With several workers a torch.distributed
     process group must exist. generation: grows with every start of the run; older workers are fenced. reached: the step
     that an earlier generation had come to on this very store, which therefore goes back to the checkpoint, or without
-    one to the initial values. report: takes {"note": text} and records with a step; called on rank 0 alone. stop_requested: asked at step boundaries; the
-    run then ends with a checkpoint, and the summary says "stopped". wrap: DistributedDataParallel or the like.
+    one to the initial values. report: takes {"note": text} and records with a step; called on rank 0 alone.
+    stop_requested: asked at step boundaries; the run then ends with a checkpoint, and the summary says "stopped".
+    wrap: DistributedDataParallel or the like.
 
     Raises:
         DataError, EmbeddingError, CheckpointError, TableError: the user's input is wrong; one line.
