@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from pydantic import SecretStr
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -50,10 +51,15 @@ class News:
 
 
 class Coordinator:
-    """Calls come on several threads (max_concurrency): every method is short, but `start`."""
+    """Calls come on several threads (max_concurrency): every method is short, but `start`.
 
-    def __init__(self, driver_timeout: float) -> None:
+    token: of the shards' ports. An argument of the actor, so that it reaches shards and workers through Ray's own
+    channel and stands in no file.
+    """
+
+    def __init__(self, driver_timeout: float, token: SecretStr) -> None:
         self._driver_timeout = driver_timeout
+        self._token = token
         self._lock = threading.Lock()
         self._records: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._problem: str | None = None
@@ -92,6 +98,10 @@ class Coordinator:
         threading.Thread(target=self._watch_shards, name="shard-watch", daemon=True).start()
         return addresses
 
+    def token(self) -> SecretStr:
+        """What the shards ask of every call."""
+        return self._token
+
     def poll(self) -> News:
         """The driver's heartbeat; takes what was reported since the last one."""
         self._watchdog.beat()
@@ -128,7 +138,14 @@ class Coordinator:
         )
         # Longer than the coordinator waits for the driver: only a coordinator that died itself is noticed here.
         orphan_timeout = 2 * self._driver_timeout + plan.start_timeout
-        return actor.remote(number, plan.blocks, plan.seed, loopback=plan.loopback, orphan_timeout=orphan_timeout)
+        return actor.remote(
+            number,
+            plan.blocks,
+            plan.seed,
+            loopback=plan.loopback,
+            orphan_timeout=orphan_timeout,
+            token=self._token,
+        )
 
     def _watch_shards(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):

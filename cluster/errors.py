@@ -39,6 +39,7 @@ _USER_ERRORS = {
     "FeatureError",
     "EmbeddingError",
     "ExportError",
+    "SecurityError",
 }
 
 

@@ -11,10 +11,12 @@ from types import ModuleType
 from typing import Any, cast
 
 import ray
+from pydantic import SecretStr
 from ray import PlacementGroupID
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from ..parameter_server.security import Security, run_token
 from .config import RunConfig
 from .coordinator import NAME, Coordinator, News, ShardPlan
 from .errors import RUN_THREAD, RunFailed, RunInterrupted, is_user_error, one_line, root_cause
@@ -43,10 +45,12 @@ class Trainer:
         """Returns the summary that `embershard train --json` prints.
 
         Raises:
-            ConfigError, DataError, TableError: the configuration or the data cannot be right; nothing was started.
+            ConfigError, DataError, TableError, SecurityError: the configuration, the data, a certificate or a token
+                cannot be right; nothing was started.
             RunFailed: a worker or shard failed, or the cluster has no room; one line with the cause.
             RunInterrupted: Ctrl-C or SIGTERM; a checkpoint was written at a step boundary.
         """
+        Security.of_process()  # certificates and a given token can be read
         prepare(self.config, self.progress)
         folder = RunFolder.open(self.config.run_dir, resume=self.resume)
         status = "failed"
@@ -70,7 +74,7 @@ class Trainer:
             if self.resume:
                 _end_leftovers(read_run(folder.path), address)
             folder.update(ray_address=address, namespace=namespace)
-            members = _Members(namespace, cluster.driver_timeout)
+            members = _Members(namespace, cluster.driver_timeout, run_token(namespace))
             try:
                 return _Session(self.config, folder, members, interrupt, self.progress).run()
             finally:
@@ -80,14 +84,14 @@ class Trainer:
 class _Members:
     """The coordinator of this start of the run, and through it the shards."""
 
-    def __init__(self, namespace: str, driver_timeout: float) -> None:
+    def __init__(self, namespace: str, driver_timeout: float, token: SecretStr) -> None:
         self.namespace = namespace
         self.coordinator: Any = (
             ray.remote(Coordinator)
             .options(
                 name=NAME, namespace=namespace, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=16
             )
-            .remote(driver_timeout)
+            .remote(driver_timeout, token)
         )
 
     def poll(self) -> News:

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from .errors import ConfigError
 
 ENVIRONMENT_PREFIX = "EMBERSHARD_"
+# Read where they are needed, and never part of a configuration that is saved or shown.
+NOT_SETTINGS = {"EMBERSHARD_TOKEN", "EMBERSHARD_TOKEN_FILE", "EMBERSHARD_FAILPOINTS"}
 
 M = TypeVar("M", bound=BaseModel)
 KeyPath = tuple[str, ...]
@@ -81,7 +83,7 @@ def _parse_assignment(text: str) -> tuple[KeyPath, Any, str]:
 def _from_environment(model: type[BaseModel], environment: Mapping[str, str]) -> list[tuple[KeyPath, Any, str]]:
     found = []
     for name in sorted(environment):
-        if name.startswith(ENVIRONMENT_PREFIX):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NOT_SETTINGS:
             segments = name[len(ENVIRONMENT_PREFIX) :].split("__")
             found.append((_fold_case(model, segments), _scalar(environment[name], name), f"environment {name}"))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import ray
+from pydantic import SecretStr
 
 from ..parameter_server import kernels
 from ..parameter_server.allocator import keep_freed_memory
@@ -19,14 +20,17 @@ class ShardActor:
     """Serves one shard from the moment it is created.
 
     loopback: listen on 127.0.0.1 alone, where every worker is on this machine. orphan_timeout: seconds without a
-    `beat` of the coordinator after which the process ends itself, so that nothing stays behind whoever died.
+    `beat` of the coordinator after which the process ends itself, so that nothing stays behind whoever died. token:
+    what every call must show.
     """
 
-    def __init__(self, number: int, blocks: int, seed: int, *, loopback: bool, orphan_timeout: float) -> None:
+    def __init__(
+        self, number: int, blocks: int, seed: int, *, loopback: bool, orphan_timeout: float, token: SecretStr
+    ) -> None:
         keep_freed_memory()
         kernels.warm_up()
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
-        self._server = ShardServer(Shard(number, Layout(blocks, seed)), host)
+        self._server = ShardServer(Shard(number, Layout(blocks, seed)), host, token=token)
         self._server.start()
         self._watchdog = Watchdog(orphan_timeout, lambda: os._exit(1), name="orphan-watchdog")
 

@@ -11,6 +11,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from pydantic import SecretStr
 
 from ..parameter_server.allocator import keep_freed_memory
 from ..parameter_server.store import Store
@@ -20,6 +21,7 @@ from ..workers.trainer import train
 from .coordinator import NAME
 
 STOP_POLL_SECONDS = 0.5
+CONTROL_SECONDS = 30.0  # for one small call to the coordinator
 
 
 def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +32,9 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
     job: TrainingJob = assignment["job"]
     _use_threads(job, context.get_local_world_size())
     stop = StopFlag(coordinator)
-    with _open_store(job, assignment, context.get_world_size()) as store:
+    # Asked for, not assigned: Ray Train shows the assignment in its dashboard and state files.
+    token = ray.get(coordinator.token.remote(), timeout=CONTROL_SECONDS)
+    with _open_store(job, assignment, context.get_world_size(), token) as store:
         try:
             return train(
                 job,
@@ -48,10 +52,10 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
             stop.close()
 
 
-def _open_store(job: TrainingJob, assignment: Mapping[str, Any], workers: int) -> Store:
+def _open_store(job: TrainingJob, assignment: Mapping[str, Any], workers: int, token: SecretStr) -> Store:
     timeout = assignment["timeout"]
     if job.embedding.placement == "sharded":
-        return Store.connect(assignment["addresses"], timeout=timeout)
+        return Store.connect(assignment["addresses"], timeout=timeout, token=token)
     others = {"exchange": all_gather_bytes()} if workers > 1 else {}
     return ReplicatedStore(blocks=assignment["blocks"], seed=job.seed, timeout=timeout, **others)
 

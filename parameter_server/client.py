@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from pydantic import SecretStr
 
 from . import store as errors
 from . import tables as table_errors
@@ -22,8 +23,9 @@ from .protocol import shard_pb2_grpc
 from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
 from .protocol.messages import decode_reply, encode_request
 from .requests import INVALID, PullRequest, PushRequest, Refusal
+from .security import Security
 from .sharded import OnAnswer, ShardedStore
-from .store import ShardUnavailable, StoreError, StoreTimeout
+from .store import SecurityError, ShardUnavailable, StoreError, StoreTimeout
 from .tables import Layout, TableSpec
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
@@ -53,9 +55,11 @@ class StoreClient(ShardedStore):
         layout: Layout,
         block_map: BlockMap,
         timeout: float,
+        security: Security,
         find_map: Callable[[], BlockMap | None] = lambda: None,
     ) -> None:
         super().__init__(layout, block_map, timeout, find_map)
+        self._security = security
         self._links: dict[str, _Link] = {}
 
     @classmethod
@@ -64,16 +68,27 @@ class StoreClient(ShardedStore):
         address: str | Sequence[str],
         *,
         timeout: float = 60.0,
+        token: str | SecretStr | None = None,
         find_map: Callable[[], BlockMap | None] = lambda: None,
     ) -> StoreClient:
-        """Raises StoreTimeout if no shard at `address` answers within `timeout` seconds. find_map: see ShardedStore."""
+        """The store at `address`; see `Store.connect`. find_map: see ShardedStore.
+
+        Raises:
+            StoreTimeout: no shard at `address` answers within `timeout` seconds.
+            SecurityError: one answers that will not have this process's token or certificate, or speaks TLS where
+                this process does not, or the other way round.
+        """
+        security = Security.of_process(token)
         addresses = [address] if isinstance(address, str) else list(address)
         deadline = time.monotonic() + timeout
         while True:
             for candidate in addresses:
-                link = _Link(candidate)
+                link = _Link(candidate, security)
                 try:
-                    return cls._from(link.control("describe", {}, min(5.0, timeout)), timeout, find_map)
+                    described = link.control("describe", {}, min(5.0, timeout))
+                    return cls._from(described, timeout, security, find_map)
+                except SecurityError:
+                    raise
                 except StoreError:
                     continue
                 finally:
@@ -83,18 +98,21 @@ class StoreClient(ShardedStore):
             time.sleep(0.1)
 
     @classmethod
-    def _from(cls, described: dict[str, Any], timeout: float, find_map: Callable[[], BlockMap | None]) -> StoreClient:
+    def _from(
+        cls, described: dict[str, Any], timeout: float, security: Security, find_map: Callable[[], BlockMap | None]
+    ) -> StoreClient:
         layout = Layout(described["blocks"], described["seed"])
         for tables in described["slabs"]:
             layout.add([TableSpec.model_validate(table) for table in tables])
         owners = np.array(described["owners"], np.uint16)
-        return cls(layout, BlockMap(described["epoch"], owners, tuple(described["addresses"])), timeout, find_map)
+        block_map = BlockMap(described["epoch"], owners, tuple(described["addresses"]))
+        return cls(layout, block_map, timeout, security, find_map)
 
     def _link(self, shard: int) -> _Link:
         address = self.block_map.addresses[shard]
         link = self._links.get(address)
         if link is None:
-            link = self._links.setdefault(address, _Link(address))
+            link = self._links.setdefault(address, _Link(address, self._security))
         return link
 
     def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
@@ -112,9 +130,10 @@ class StoreClient(ShardedStore):
 class _Link:
     """The stream to one shard."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: Security) -> None:
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        self._security = security
+        self._channel = security.channel(address, CLIENT_OPTIONS)
         self._exchange = self._channel.stream_stream(f"/{SERVICE}/Exchange")
         self._control = shard_pb2_grpc.ShardStub(self._channel).Control
         self._numbers = itertools.count(1)
@@ -128,15 +147,17 @@ class _Link:
         header, arrays = encode_request(request, timeout)
         with self._lock:
             if self._stream is None or self._stream.broken:
-                self._stream = _Stream(self._exchange, self.address)
+                self._stream = _Stream(self._exchange, self.address, self._security)
             return self._stream.send(next(self._numbers), header, arrays, (request, widths, on_answer, counters))
 
     def control(self, method: str, arguments: Mapping[str, Any], timeout: float) -> Any:
-        """Raises what the shard raised, or StoreError if it does not answer."""
+        """Raises what the shard raised, SecurityError if it never will answer us, or StoreError if it does not."""
         request = pb.ControlRequest(method=method, arguments=json.dumps(dict(arguments)))
         try:
-            reply = self._control(request, timeout=timeout)
+            reply = self._control(request, timeout=timeout, metadata=self._security.metadata)
         except grpc.RpcError as error:
+            if why := self._security.diagnose(self.address, error):
+                raise SecurityError(f"shard {self.address}: {why}") from None
             gone = error.code() is grpc.StatusCode.UNAVAILABLE
             kind = ShardUnavailable if gone else StoreError
             raise kind(f"shard {self.address}: {method} failed: {error.code().name} {error.details()}") from None
@@ -152,13 +173,14 @@ class _Link:
 class _Stream:
     """One incarnation of the stream, with a thread that reads its answers."""
 
-    def __init__(self, exchange: Any, address: str) -> None:
+    def __init__(self, exchange: Any, address: str, security: Security) -> None:
         self.address = address
+        self._security = security
         self.broken = False
         self._open: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._answers = exchange(self._outgoing())
+        self._answers = exchange(self._outgoing(), metadata=security.metadata)
         threading.Thread(target=self._read, name=f"answers-{address}", daemon=True).start()
 
     def _outgoing(self) -> Iterator[bytes]:
@@ -181,6 +203,7 @@ class _Stream:
     def _read(self) -> None:
         assembler = Assembler()
         reason = "the stream ended"
+        never: Refusal | None = None  # why no repetition could be answered
         try:
             for frame in self._answers:
                 done = assembler.add(frame)
@@ -196,6 +219,8 @@ class _Stream:
                 on_answer(reply, newer)
         except grpc.RpcError as error:
             reason = f"{error.code().name} {error.details()}"
+            if why := self._security.diagnose(self.address, error):
+                never = Refusal(INVALID, why)
         except FrameError as error:
             reason = str(error)
             self._answers.cancel()
@@ -204,4 +229,4 @@ class _Stream:
             self.broken = True
             lost, self._open = self._open, {}
         for _, _, on_answer, _ in lost.values():
-            on_answer(ConnectionError(f"shard {self.address}: {reason}"), None)
+            on_answer(never or ConnectionError(f"shard {self.address}: {reason}"), None)

@@ -16,24 +16,44 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
+from pydantic import SecretStr
 
 from .administration import Administration
 from .protocol import shard_pb2 as pb
-from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
+from .protocol.frames import CHANNEL_OPTIONS, MAX_CALL_BYTES, MAX_OPEN_CALLS, Assembler, FrameError, encode
 from .protocol.messages import decode_request, encode_reply
-from .requests import INVALID, Completed, PushRequest, Refusal, Reply
+from .requests import INVALID, Completed, PullReply, PushRequest, Refusal, Reply
+from .security import Security
 from .shard import Shard
 from .store import StoreError
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
-# The port must be ours alone: with reuse, a second shard on a taken port would silently get half the calls.
-SERVER_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
+SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    # The port must be ours alone: with reuse, a second shard on a taken port would silently get half the calls.
+    ("grpc.so_reuseport", 0),
+    # What peers that show no token or certificate can hold: a connection for as long as these say, and few calls of it.
+    ("grpc.max_concurrent_streams", 128),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+]
 
 
 class ShardServer:
-    """Serves `shard` at host:port (0 picks a free port) until `stop`."""
+    """Serves `shard` at host:port (0 picks a free port) until `stop`.
 
-    def __init__(self, shard: Shard, host: str = "127.0.0.1", port: int = 0) -> None:
+    token: required of every call; by default that of the environment, and beyond loopback there must be one. TLS is
+    spoken where RAY_USE_TLS says so (security.py).
+
+    Raises:
+        SecurityError: no token for a host that is not loopback, or a certificate that cannot be read.
+    """
+
+    def __init__(
+        self, shard: Shard, host: str = "127.0.0.1", port: int = 0, *, token: str | SecretStr | None = None
+    ) -> None:
+        self._security = Security.of_process(token)
+        self._security.require_token_beyond_loopback(f"shard {shard.number}", host)
         self.shard = shard
         self.host = host
         self.port = port
@@ -72,13 +92,14 @@ class ShardServer:
 
     async def _serve(self) -> None:
         self._stopping = asyncio.Event()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        interceptors = self._security.interceptors(f"shard {self.shard.number}")
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
         server.add_generic_rpc_handlers((self._handlers(),))
         health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         try:
-            self.port = server.add_insecure_port(f"{self.host}:{self.port}")
+            self.port = self._security.add_port(server, f"{self.host}:{self.port}")
             await server.start()
         except Exception as error:
             self._failure = error
@@ -106,6 +127,7 @@ class ShardServer:
             while (frame := await context.read()) is not grpc.aio.EOF:
                 call = assembler.add(frame)
                 if call is not None:
+                    await stream.begin()
                     self._deliver(self._handle(stream, *call))
         except FrameError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"shard {self.shard.number}: {error}")
@@ -163,14 +185,28 @@ class _Token:
 
 
 class _Stream:
-    """The way back to one client: answers leave in the order they were given, as fast as the client takes them."""
+    """The way back to one client: answers leave in the order they were given, as fast as the client takes them.
+
+    A client that takes none is not read any further, once MAX_OPEN_CALLS calls or MAX_CALL_BYTES of rows wait for it.
+    """
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
         self._context = context
         self._waiting: asyncio.Queue[tuple[int, Reply, Any]] = asyncio.Queue()
+        self._open = 0
+        self._unsent_bytes = 0
+        self._room = asyncio.Event()
         self._writer = asyncio.create_task(self._write())
 
+    async def begin(self) -> None:
+        """One more call that is to be answered."""
+        while self._open >= MAX_OPEN_CALLS or self._unsent_bytes > MAX_CALL_BYTES:
+            self._room.clear()
+            await self._room.wait()
+        self._open += 1
+
     def answer(self, number: int, reply: Reply, newer: Any) -> None:
+        self._unsent_bytes += _row_bytes(reply)
         self._waiting.put_nowait((number, reply, newer))
 
     async def _write(self) -> None:
@@ -179,6 +215,13 @@ class _Stream:
             header, arrays = encode_reply(reply, newer)
             for frame in encode(number, header, arrays):
                 await self._context.write(frame)
+            self._open -= 1
+            self._unsent_bytes -= _row_bytes(reply)
+            self._room.set()
 
     def close(self) -> None:
         self._writer.cancel()
+
+
+def _row_bytes(reply: Reply) -> int:
+    return sum(rows.nbytes for rows in reply.rows) if isinstance(reply, PullReply) else 0

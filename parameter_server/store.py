@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from .blocks import BlockMap
 from .requests import Clock, RowSet
@@ -34,6 +34,10 @@ class ShardUnavailable(StoreError):
 
 class StoreTimeout(StoreError):
     """A deadline passed; the message names the shard, and whom the shard was waiting for."""
+
+
+class SecurityError(StoreError):
+    """A certificate or token is missing, unreadable or refused: waiting does not help."""
 
 
 class StoreConfig(BaseModel):
@@ -80,11 +84,17 @@ class Store(ABC):
         return LocalStore(shards=shards, blocks=blocks, seed=seed)
 
     @staticmethod
-    def connect(address: str | Sequence[str], *, timeout: float = 60.0) -> StoreClient:
-        """The store that the shard at `address` ("host:port") belongs to."""
+    def connect(
+        address: str | Sequence[str], *, timeout: float = 60.0, token: str | SecretStr | None = None
+    ) -> StoreClient:
+        """The store that the shard at `address` ("host:port") belongs to.
+
+        token: the run's; by default that of EMBERSHARD_TOKEN or EMBERSHARD_TOKEN_FILE. TLS is used where RAY_USE_TLS
+        says so, with Ray's certificates (docs/security.md).
+        """
         from .client import StoreClient
 
-        return StoreClient.connect(address, timeout=timeout)
+        return StoreClient.connect(address, timeout=timeout, token=token)
 
     @abstractmethod
     def create_tables(self, tables: Sequence[TableSpec]) -> None:

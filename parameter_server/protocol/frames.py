@@ -14,6 +14,8 @@ FRAME_BYTES = 1 << 20
 # One constant sets both ends' limits: gRPC's own default of 4 MB is raised and lowered in one place.
 MAX_MESSAGE_BYTES = FRAME_BYTES + (1 << 16)
 MAX_CALL_BYTES = 1 << 31
+# Calls of one stream that were begun and not answered yet. A client keeps far fewer open.
+MAX_OPEN_CALLS = 256
 ALIGNMENT = 16
 
 CHANNEL_OPTIONS = [
@@ -123,7 +125,10 @@ class Decoded:
 
 
 class Assembler:
-    """Puts the frames of interleaved calls together; holds at most `limit` bytes of calls that are not complete."""
+    """Puts the frames of interleaved calls together.
+
+    Holds at most `limit` bytes, headers included, of at most MAX_OPEN_CALLS calls that are not complete.
+    """
 
     def __init__(self, limit: int = MAX_CALL_BYTES) -> None:
         self.limit = limit
@@ -142,10 +147,12 @@ class Assembler:
                 raise FrameError(f"call {part.call}: a second header")
             if len(part.payload) == part.total:
                 return part.call, part.header, np.frombuffer(part.payload, np.uint8)
-            if part.total > self.limit - self._held:
+            if part.total + len(part.header) > self.limit - self._held:
                 raise FrameError(f"call {part.call}: {part.total} bytes announced, the limit is {self.limit}")
+            if len(self._open) == MAX_OPEN_CALLS:
+                raise FrameError(f"call {part.call}: {MAX_OPEN_CALLS} others were begun and are not complete")
             header, buffer, filled = part.header, np.empty(part.total, np.uint8), 0
-            self._held += part.total
+            self._held += part.total + len(header)
         elif part.call in self._open:
             header, buffer, filled = self._open[part.call]
         else:
@@ -158,5 +165,5 @@ class Assembler:
             self._open[part.call] = (header, buffer, end)
             return None
         self._open.pop(part.call, None)
-        self._held -= len(buffer)
+        self._held -= len(buffer) + len(header)
         return part.call, header, buffer

@@ -7,7 +7,7 @@ import numpy as np
 from ..blocks import BlockMap
 from ..requests import Clock, PullReply, PullRequest, PushReply, PushRequest, Refusal, Reply, RowSet
 from . import shard_pb2 as pb
-from .frames import FrameError
+from .frames import MAX_CALL_BYTES, FrameError
 
 _ALIGN = 8
 
@@ -70,6 +70,9 @@ def decode_request(header: bytes, payload: np.ndarray, widths: list[int]) -> tup
     timeout = message.timeout_ms / 1000
     if not message.push:
         _expect_end(at, payload)
+        answer = sum(len(rows.index) * widths[rows.slab] * 4 for rows in parts)
+        if answer > MAX_CALL_BYTES:
+            raise FrameError(f"a pull of {answer} bytes exceeds the limit of {MAX_CALL_BYTES}: use smaller batches")
         return PullRequest(parts, clock, message.epoch), timeout
     at += -at % _ALIGN
     grads = []

@@ -17,6 +17,7 @@ import yaml
 from embershard.cluster.coordinator import Coordinator, ShardPlan
 from embershard.cluster.run_folder import read_metrics, read_run
 from embershard.datasets.synthetic import generate
+from pydantic import SecretStr
 
 SMALL = {
     "data": {"batch_size": 64},
@@ -168,7 +169,7 @@ def test_no_room_for_the_shards(ray_address: str) -> None:
     """A request that cannot be met ends after the stated wait, with both numbers."""
     import ray
 
-    coordinator = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=4).remote(60.0)
+    coordinator = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=4).remote(60.0, SecretStr("t" * 16))
     plan = ShardPlan("no-room", 2, 50.0, 32, 0, True, 0.5)
     with pytest.raises(Exception, match=r"2 shards ask for 50 CPUs each, and the cluster has .* of 8 CPUs free"):
         ray.get(coordinator.start.remote(plan))

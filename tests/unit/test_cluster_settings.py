@@ -43,6 +43,11 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert config.train.rate == 1e-3  # YAML 1.1 reads 1e-3 as a string
 
 
+def test_a_token_is_no_setting() -> None:
+    environment = {"EMBERSHARD_TOKEN": "0123456789abcdef", "EMBERSHARD_TOKEN_FILE": "/run/secrets/token"}
+    assert resolve(Config, None, environment, []) == Config()
+
+
 def test_values_are_yaml_scalars() -> None:
     config = resolve(Config, None, {}, ["train.path=null", "train.layers=[3, 2]", "train.rate=1e-2", "train.path=a=b"])
     assert config.train.model_dump(include={"path", "layers", "rate"}) == {
