@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from . import failpoints
 from .requests import FENCED, INVALID, Clock, Refusal
 
@@ -26,6 +29,18 @@ class Clocks:
         self.workers = workers
         self._done = [step] * workers
         self._early = [set() for _ in range(workers)]
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as JSON, for `restore`."""
+        early = [sorted(steps) for steps in self._early]
+        return {"generation": self.generation, "workers": self.workers, "done": list(self._done), "early": early}
+
+    def restore(
+        self, generation: int | None, workers: int, done: Sequence[int], early: Sequence[Sequence[int]]
+    ) -> None:
+        """As it was when `describe` was asked."""
+        self.generation, self.workers = generation, workers
+        self._done, self._early = list(done), [set(steps) for steps in early]
 
     @property
     def step(self) -> int:

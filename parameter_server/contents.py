@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import RLock
 from typing import Any
 
@@ -37,6 +37,7 @@ class Contents:
         self._memory: list[SlabMemory] = []
         self._held = np.zeros(blocks, np.bool_)
         self._snapshot: Snapshot | None = None
+        self._local_snapshot: Snapshot | None = None
         self.journal: Journal | None = None
 
     def _record(self, kind: Kind, content: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None) -> None:
@@ -106,6 +107,16 @@ class Contents:
                     memory.initialise(block, self.layout.seed)
             self.ledger = ledger.Ledger(self.layout.blocks)
 
+    def adopt(self, slabs: Sequence[Sequence[TableSpec]], block_map: BlockMap) -> None:
+        """Gives an empty shard these slabs and this map, as they were before; `load_block` brings the blocks."""
+        with self.lock:
+            self.layout = Layout(self.layout.blocks, self.layout.seed)
+            self._memory = [SlabMemory(slab) for tables in slabs for slab in self.layout.add(tables)]
+            for memory in self._memory:
+                warm_up(memory.slab.index_dtype)
+            self.block_map = block_map
+            self._held = block_map.owned_by(self.number) if not self._memory else np.zeros(block_map.blocks, np.bool_)
+
     def mark(self) -> Snapshot:
         """Cuts: the snapshot holds every row and the ledger as they are now. Milliseconds, whatever the size.
 
@@ -115,15 +126,36 @@ class Contents:
         with self.lock:
             if self._snapshot is not None:
                 raise StoreError(f"shard {self.number} is still writing the last checkpoint: wait for it")
-            self._snapshot = Snapshot(
-                self.number, self._memory, self._held, self.ledger, self.lock, self._forget_snapshot
-            )
+            self._snapshot = self._cut(self._forget_snapshot)
             return self._snapshot
+
+    def mark_local(self) -> Snapshot:
+        """A second cut, for the journal, whether or not a checkpoint is being written. One at a time.
+
+        It never stands in the way: where a block that it still needs is dropped or overwritten, it is closed.
+        """
+        with self.lock:
+            assert self._local_snapshot is None
+            self._local_snapshot = self._cut(self._forget_local_snapshot)
+            return self._local_snapshot
+
+    def _cut(self, on_close: Callable[[], None]) -> Snapshot:
+        return Snapshot(self.number, self._memory, self._held, self.ledger, self.lock, on_close)
 
     def _forget_snapshot(self) -> None:
         self._snapshot = None
 
+    def _forget_local_snapshot(self) -> None:
+        self._local_snapshot = None
+
+    def _save_pre_images(self, slab: int, index: np.ndarray) -> None:
+        for cut in (self._snapshot, self._local_snapshot):
+            if cut is not None:
+                cut.save(slab, index)
+
     def _not_in_cut(self, block: int) -> None:
+        if self._local_snapshot is not None and self._local_snapshot.is_pending(block):
+            self._local_snapshot.close()
         if self._snapshot is not None and self._snapshot.is_pending(block):
             raise StoreError(f"block {block} of shard {self.number} is not in the checkpoint yet: wait for it")
 
@@ -175,8 +207,7 @@ class Contents:
             here = self._held[index // memory.slab.rows_per_block]
             written = {"index": index, "weights": weights} | ({} if state is None else {"state": state})
             self._record(Kind.ROWS, {"slab": slab}, written)
-            if self._snapshot is not None:
-                self._snapshot.save(slab, readable(index[here]))
+            self._save_pre_images(slab, readable(index[here]))
             memory.weights[index[here]] = weights[here]
             initial = optimizers.initial_state(memory.slab.optimizer)
             memory.state[index[here]] = initial if state is None else state[here]

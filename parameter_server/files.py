@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import posixpath
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 << 20
 
 
 class CheckpointError(RuntimeError):
@@ -54,6 +57,29 @@ def read_verified(directory: str, entry: FileEntry) -> bytes:
             f"checkpoint {directory}: {entry.file} is damaged (its digest differs); use an older checkpoint"
         )
     return data
+
+
+def write_signed(directory: str, file: str, content: Mapping[str, Any]) -> None:
+    """Writes JSON together with its own digest."""
+    write_file(directory, file, json.dumps({"digest": digest(canonical(content)), **content}, indent=1).encode())
+
+
+def read_signed(directory: str, file: str) -> dict[str, Any]:
+    """What `write_signed` wrote. Raises CheckpointError if it is missing or damaged."""
+    data = read_file(directory, file, MAX_MANIFEST_BYTES)
+    try:
+        content: dict[str, Any] = json.loads(data)
+        intact = content.pop("digest") == digest(canonical(content))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"checkpoint {directory}: {file} is damaged; use an older checkpoint")
+    return content
+
+
+def canonical(content: Mapping[str, Any]) -> bytes:
+    """The bytes that the digest of a JSON object is taken of."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def write_file(directory: str, file: str, data: bytes) -> None:

@@ -46,6 +46,9 @@ class Journal(Protocol):
     def append(self, kind: Kind, header: bytes, arrays: Sequence[np.ndarray]) -> None:
         """Returns once the record would survive the process. Raises JournalError: nothing of it was kept."""
 
+    def statistics(self) -> dict[str, int]:
+        """What of it is worth counting, by name."""
+
 
 def encode_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content).encode()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from . import failpoints
 from .checkpoint import BlockEntry, CheckpointError, Manifest, read_block, read_manifest, write_block
 from .contents import Contents
 from .kernels import locate, rows_of_share
@@ -57,6 +58,7 @@ def load_blocks(shard: Contents, directory: str, tables: Mapping[str, str]) -> d
         if not _is_needed(shard, entry, tables):
             continue
         tensors = read_block(directory, entry)
+        failpoints.hit("load.block")
         if owned[entry.block] and kept:
             own = {key: tensors[key] for name in kept for key in _keys(shard, name, name) if key in tensors}
             if whole:

@@ -65,7 +65,7 @@ class Shard(Contents):
         self.lease = Lease()
         self._pulls: list[_Waiting] = []
         self._steps: dict[int, dict[int, list[_Waiting]]] = {}  # step -> rank -> pushes of `sync`
-        names = "pulls pushes rows_pulled rows_pushed duplicates moved refused timeouts fenced lease_ended"
+        names = "pulls pushes rows_pulled rows_pushed duplicates moved refused timeouts fenced lease_ended not_written"
         self._counts = dict.fromkeys(names.split(), 0)
 
     def begin(self, generation: int, workers: int, step: int) -> list[Completed]:
@@ -179,10 +179,11 @@ class Shard(Contents):
                 "clients": len(self.ledger),
                 "waiting": len(self._pulls) + len(list(self._pending_pushes())),
                 **self._counts,
+                **(self.journal.statistics() if self.journal is not None else {}),
             }
 
     def _refused(self, token: object, refusal: Refusal) -> list[Completed]:
-        self._counts["fenced" if refusal.code == FENCED else "refused"] += 1
+        self._counts[{FENCED: "fenced", NOT_WRITTEN: "not_written"}.get(refusal.code, "refused")] += 1
         return [Completed(token, refusal)]
 
     def _unleased(self, token: object) -> list[Completed]:
@@ -280,8 +281,7 @@ class Shard(Contents):
 
     def _update(self, slab: int, index: np.ndarray, grads: np.ndarray, rate: float) -> None:
         memory = self._memory[slab]
-        if self._snapshot is not None:
-            self._snapshot.save(slab, index)
+        self._save_pre_images(slab, index)
         optimizers.apply(memory.slab.optimizer, memory.weights, memory.state, index, grads, rate)
         self._counts["rows_pushed"] += len(index)
 
@@ -328,7 +328,7 @@ class Shard(Contents):
             refusal = Refusal(NOT_WRITTEN, str(error))
             return completed + [done for token, _, _ in answered for done in self._refused(token, refusal)]
         self._apply(decided)
-        return completed + [Completed(token, self._answer(*pair)) for token, *pair in answered]
+        return completed + [Completed(token, self._answer(request, statuses)) for token, request, statuses in answered]
 
     def _release(self) -> list[Completed]:
         """Answers the pulls whose clock is satisfied now."""

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .local import LocalStore
 
 
+DEFAULT_JOURNAL_BYTES = 1 << 30
+
+
 class StoreError(RuntimeError):
     """The store refused or could not answer: one line with what, where and what to do."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embershard.parameter_server import checkpoint, restore
+from embershard.parameter_server import checkpoint, files, restore
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.checkpoint import CheckpointError
 from embershard.parameter_server.requests import PushRequest, RowSet
@@ -142,9 +142,7 @@ DAMAGE = {
 def resign(directory: Path, **changes) -> None:
     content = json.loads((directory / "manifest.json").read_text()) | changes
     del content["digest"]
-    (directory / "manifest.json").write_text(
-        json.dumps(content | {"digest": checkpoint.digest(checkpoint._canonical(content))})
-    )
+    (directory / "manifest.json").write_text(json.dumps(content | {"digest": files.digest(files.canonical(content))}))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
