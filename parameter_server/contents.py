@@ -27,10 +27,11 @@ class Contents:
     A block is served once it is *held*: from the first block map on, or after `load_block` brought its content.
     """
 
-    def __init__(self, number: int, layout: Layout) -> None:
+    def __init__(self, number: int, layout: Layout, memory_bytes: int | None = None) -> None:
         blocks = layout.blocks
         self.number = number
         self.layout = layout
+        self.memory_bytes = memory_bytes
         self.lock = RLock()
         self.ledger = ledger.Ledger(blocks)
         self.block_map = BlockMap(0, np.full(blocks, NOBODY, np.uint16), ())
@@ -44,6 +45,31 @@ class Contents:
         """To be called when nothing can fail any more and nothing has changed yet. Raises JournalError."""
         if self.journal is not None:
             self.journal.append(kind, *encode_tensors(content, tensors or {}))
+
+    @property
+    def held_bytes(self) -> int:
+        """Rows and optimizer state of the blocks held."""
+        return _bytes_of(self._memory, int(self._held.sum()))
+
+    def _check_budget(self, added: int, what: str) -> None:
+        """Raises TableError if so many bytes more would exceed `memory_bytes`."""
+        if self.memory_bytes is not None and self.held_bytes + added > self.memory_bytes:
+            raise TableError(
+                f"shard {self.number}: {what} needs {added} bytes, and {self.held_bytes} of store.memory_bytes="
+                f"{self.memory_bytes} are taken: use more shards, or raise it"
+            )
+
+    def _makes_room(self, rows: Mapping[int, int]) -> bool:
+        """Whether pre-images of so many rows (by slab) stay within `memory_bytes`, at the worst.
+
+        A cut that holds nothing always takes one push, so that every push is taken once the cut has been written.
+        """
+        cuts = [cut for cut in (self._snapshot, self._local_snapshot) if cut is not None]
+        held = sum(cut.bytes for cut in cuts)
+        if self.memory_bytes is None or held == 0:
+            return True
+        added = sum(count * snapshot.bytes_per_row(self._memory[slab].slab) for slab, count in rows.items())
+        return self.held_bytes + held + len(cuts) * added <= self.memory_bytes
 
     def set_block_map(self, block_map: BlockMap) -> None:
         """Takes over a newer map. Blocks that go elsewhere are dropped; blocks that come are served after `load_block`.
@@ -82,6 +108,8 @@ class Contents:
         with self.lock:
             layout = copy.deepcopy(self.layout)
             added = [SlabMemory(slab) for slab in layout.add(tables)]
+            names = ", ".join(repr(spec.name) for memory in added for spec in memory.slab.tables)
+            self._check_budget(_bytes_of(added, int(self._held.sum())), f"its share of {names}")
             for memory in added:
                 warm_up(memory.slab.index_dtype)
                 for block in np.flatnonzero(self._held).tolist():
@@ -190,6 +218,8 @@ class Contents:
             missing = [spec.name for spec in self.layout.tables if f"{spec.name}/weight" not in tensors]
             if missing and not self._held[block]:
                 raise TableError(f"block {block} comes without table {missing[0]!r}, which shard {self.number} has")
+            if not self._held[block]:
+                self._check_budget(_bytes_of(self._memory, 1), f"block {block}")
             for memory in self._memory:
                 memory.check(block, tensors)
             self._record(Kind.BLOCK, {"block": block}, tensors)
@@ -211,6 +241,10 @@ class Contents:
             memory.weights[index[here]] = weights[here]
             initial = optimizers.initial_state(memory.slab.optimizer)
             memory.state[index[here]] = initial if state is None else state[here]
+
+
+def _bytes_of(memory: Sequence[SlabMemory], blocks: int) -> int:
+    return blocks * sum(sum(slab.block_bytes) for slab in memory)
 
 
 def warm_up(index_dtype: np.dtype[np.unsignedinteger]) -> None:

@@ -49,6 +49,12 @@ class Journal(Protocol):
     def statistics(self) -> dict[str, int]:
         """What of it is worth counting, by name."""
 
+    def port(self) -> int:
+        """Where the shard listened last; 0 if that is not known."""
+
+    def remember_port(self, port: int) -> None:
+        """Keeps what `port` says."""
+
 
 def encode_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content).encode()

@@ -39,6 +39,7 @@ def open_shard(
     *,
     journal: str | None = None,
     journal_bytes: int = DEFAULT_JOURNAL_BYTES,
+    memory_bytes: int | None = None,
 ) -> tuple[Shard, Recovery | None]:
     """A shard that keeps a journal in the folder `journal`, as that journal left it; empty where there is none yet.
 
@@ -47,7 +48,7 @@ def open_shard(
     Raises:
         JournalError: another process holds the journal, it is damaged, or that of another shard or store.
     """
-    shard = Shard(number, Layout(blocks, seed))
+    shard = Shard(number, Layout(blocks, seed), memory_bytes)
     if journal is None:
         return shard, None
     began = time.monotonic()

@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -99,8 +100,10 @@ class ShardServer:
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         try:
-            self.port = self._security.add_port(server, f"{self.host}:{self.port}")
+            self.port = self._listen(server)
             await server.start()
+            if self.shard.journal is not None:
+                self.shard.journal.remember_port(self.port)
         except Exception as error:
             self._failure = error
             self._started.set()
@@ -112,6 +115,14 @@ class ShardServer:
         await self._stopping.wait()
         expiry.cancel()
         await server.stop(grace=0.2)
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        """The port asked for; where any will do, the one that the journal remembers, so that clients find it again."""
+        old = self.shard.journal.port() if self.shard.journal is not None and self.port == 0 else 0
+        if old:
+            with suppress(RuntimeError):  # somebody else's by now
+                return self._security.add_port(server, f"{self.host}:{old}")
+        return self._security.add_port(server, f"{self.host}:{self.port}")
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         exchange = grpc.stream_stream_rpc_method_handler(self._exchange)  # frames stay bytes: see frames.py

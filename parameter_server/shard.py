@@ -59,14 +59,14 @@ class Shard(Contents):
     Deadlines are `time.monotonic()` seconds.
     """
 
-    def __init__(self, number: int, layout: Layout) -> None:
-        super().__init__(number, layout)
+    def __init__(self, number: int, layout: Layout, memory_bytes: int | None = None) -> None:
+        super().__init__(number, layout, memory_bytes)
         self.clocks = Clocks()
         self.lease = Lease()
         self._pulls: list[_Waiting] = []
         self._steps: dict[int, dict[int, list[_Waiting]]] = {}  # step -> rank -> pushes of `sync`
-        names = "pulls pushes rows_pulled rows_pushed duplicates moved refused timeouts fenced lease_ended not_written"
-        self._counts = dict.fromkeys(names.split(), 0)
+        refusals = "refused timeouts fenced lease_ended not_written later"
+        self._counts = dict.fromkeys(f"pulls pushes rows_pulled rows_pushed duplicates moved {refusals}".split(), 0)
 
     def begin(self, generation: int, workers: int, step: int) -> list[Completed]:
         """Starts a generation whose next step is `step + 1`; waiting calls of the older one are answered FENCED.
@@ -125,6 +125,8 @@ class Shard(Contents):
                 return self._refused(token, Refusal(INVALID, str(error)))
             if clock is not None and clock.sync and clock.step > self.clocks.step:
                 return self._hold(_Waiting(request, clock, token, deadline))
+            if (refusal := self._later([request])) is not None:
+                return self._refused(token, refusal)
             try:
                 statuses = self._decide(request)
                 self._write([(request, statuses)])
@@ -183,7 +185,7 @@ class Shard(Contents):
             }
 
     def _refused(self, token: object, refusal: Refusal) -> list[Completed]:
-        self._counts[{FENCED: "fenced", NOT_WRITTEN: "not_written"}.get(refusal.code, "refused")] += 1
+        self._counts[{FENCED: "fenced", NOT_WRITTEN: "not_written", LATER: "later"}.get(refusal.code, "refused")] += 1
         return [Completed(token, refusal)]
 
     def _unleased(self, token: object) -> list[Completed]:
@@ -245,6 +247,15 @@ class Shard(Contents):
             touched[part.blocks] = True
         return touched.nonzero()[0]
 
+    def _later(self, requests: Sequence[PushRequest | PullRequest]) -> Refusal | None:
+        """Why pushes have to come again: a cut is written more slowly than rows change, and memory is bounded."""
+        rows: dict[int, int] = {}
+        for part in (part for request in requests for part in request.parts):
+            rows[part.slab] = rows.get(part.slab, 0) + len(part.index)
+        if self._makes_room(rows):
+            return None
+        return Refusal(LATER, f"shard {self.number}: store.memory_bytes are used up until a checkpoint is written")
+
     def _write(self, decided: Sequence[tuple[PushRequest, np.ndarray]]) -> None:
         """A record of pushes that are about to be applied as one. Raises JournalError: none of them may be."""
         failpoints.hit("push.checked")
@@ -303,11 +314,14 @@ class Shard(Contents):
 
     def _complete(self, ranks: Mapping[int, list[_Waiting]]) -> list[Completed]:
         """Applies one step of `sync`: the pushes of all ranks added in rank order. A repetition only gets an answer."""
+        calls = [call for rank in sorted(ranks) for call in ranks[rank]]
+        if (refusal := self._later([call.request for call in calls])) is not None:
+            return [done for call in calls for done in self._refused(call.token, refusal)]
         completed: list[Completed] = []
         decided: list[tuple[PushRequest, np.ndarray]] = []
         answered: list[tuple[object, PushRequest, np.ndarray]] = []
         taken: dict[tuple[int, int], np.ndarray] = {}  # (client, sequence) -> blocks that an earlier call brings
-        for call in (call for rank in sorted(ranks) for call in ranks[rank]):
+        for call in calls:
             request = call.request
             assert isinstance(request, PushRequest)
             try:

@@ -40,7 +40,8 @@ def save_rows(
     """Saves the pre-images of those rows in `index` whose block is pending and that are not saved yet.
 
     saved: uint8 bitmap of slab rows; head: int64 [blocks], each block's latest entry or -1; chain: int64 [C, 2], the
-    slab row of an entry and the next entry of its block; pool: int64 [2], first free entry or -1, entries ever used.
+    slab row of an entry and the next entry of its block; pool: int64 [3], first free entry or -1, entries ever used,
+    entries in use.
     """
     for i in range(len(index)):
         row = np.int64(index[i])
@@ -49,6 +50,7 @@ def save_rows(
         if not pending[block] or saved[row >> 3] & bit:
             continue
         saved[row >> 3] |= bit
+        pool[2] += 1
         entry = pool[0]
         if entry >= 0:
             pool[0] = chain[entry, 1]
@@ -86,9 +88,15 @@ def restore_rows(
         for j in range(state.shape[1]):
             state[row, j] = pool_state[entry, j]
         after = chain[entry, 1]
+        pool[2] -= 1
         chain[entry, 1] = pool[0]
         pool[0] = entry
         entry = after
+
+
+def bytes_per_row(slab: Slab) -> int:
+    """Memory of one pre-image."""
+    return 16 + 4 * (slab.width + slab.state_width)
 
 
 class SlabCut:
@@ -100,7 +108,7 @@ class SlabCut:
         capacity = owned_blocks * slab.rows_per_block
         self._saved = np.frombuffer(reserve(slab.blocks * slab.rows_per_block // 8 + 1, "copy on write"), np.uint8)
         self._head = np.full(slab.blocks, -1, np.int64)
-        self._pool = np.array([-1, 0], np.int64)
+        self._pool = np.array([-1, 0, 0], np.int64)
         self._chain = np.frombuffer(reserve(16 * capacity, "copy on write"), np.int64, 2 * capacity).reshape(-1, 2)
         self._weights = _float_rows(capacity, slab.width)
         self._state = _float_rows(capacity, slab.state_width)
@@ -109,6 +117,11 @@ class SlabCut:
     def entries(self) -> int:
         """The most pre-images held at one time so far."""
         return int(self._pool[1])
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pre-images held now."""
+        return int(self._pool[2]) * bytes_per_row(self.memory.slab)
 
     def save(self, index: np.ndarray, pending: np.ndarray) -> None:
         """To be called before the rows `index` change. pending: bool [blocks]."""
@@ -176,6 +189,11 @@ class Snapshot:
         """Called by the shard, which holds its lock, before it changes rows."""
         if slab < len(self._cuts) and not failpoints.active("cut"):  # a slab created after the cut is not in it
             self._cuts[slab].save(index, self._pending)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pre-images held now."""
+        return sum(cut.bytes for cut in self._cuts)
 
     def is_pending(self, block: int) -> bool:
         """Whether a block is still to be taken."""

@@ -51,6 +51,18 @@ class StoreConfig(BaseModel):
         DEFAULT_BLOCKS, ge=10, le=65536, description="blocks per table; fixed when the store is created"
     )
     timeout: float = Field(60.0, gt=0, description="seconds a pull or push may take before it fails")
+    durability: Literal["none", "journal"] = Field(
+        "none", description="journal: a shard that dies comes back on its node with every acknowledged push"
+    )
+    journal_dir: str | None = Field(
+        None, description="local folder for the shards' journals, one folder each; by default in the run's folder"
+    )
+    journal_bytes: int = Field(
+        DEFAULT_JOURNAL_BYTES, ge=1 << 20, description="a shard whose journal has grown by this much writes itself down"
+    )
+    memory_bytes: int | None = Field(
+        None, gt=0, description="per shard: rows, their optimizer state, and what a checkpoint has yet to write"
+    )
 
 
 @dataclass
