@@ -9,7 +9,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import file_metadata, join_moments, schema_of
+from .files import file_metadata, frequent_ids, join_moments, schema_of
 from .footers import INCOMPLETE, read_footers
 from .remote import RETRIES, RangeReader, filesystem, is_local
 from .schema import CategoricalColumn, DataError, DenseColumn, Schema
-from .sketch import DistinctSketch
+from .sketch import IdSketch
 
 ROW_GROUP_ROWS = 32_768
 SUMMARY = "_embershard.json"  # readers of Parquet folders pass over names that begin with `_`
@@ -33,17 +35,24 @@ _LOCK = "lock"
 
 @dataclass(slots=True)
 class Block:
-    """Rows on their way to disk: labels int8 [B], dense int32 [D, B], ids int64 [F, B], and bool masks of the nulls."""
+    """Rows on their way to disk: labels int8 [B], dense int32 [D, B], ids int64 [F, B], and bool masks of the nulls.
+
+    bags: per column of lists, offsets int32 [B + 1] and ids int64 [offsets[B]].
+    """
 
     labels: np.ndarray
     dense: np.ndarray
     dense_null: np.ndarray
     ids: np.ndarray
     ids_null: np.ndarray
+    bags: Sequence[tuple[np.ndarray, np.ndarray]] = ()
 
 
 class PartWriter:
-    """One Parquet file: counts what it writes and states it in the file's metadata. Use as a context manager."""
+    """One Parquet file: counts what it writes and states it in the file's metadata. Use as a context manager.
+
+    bags: the columns of lists; they stand behind the others. cardinalities: of categorical, then of bags.
+    """
 
     def __init__(
         self,
@@ -52,18 +61,25 @@ class PartWriter:
         source: str,
         dense: Sequence[str],
         categorical: Sequence[str],
+        bags: Sequence[str] = (),
         cardinalities: Sequence[int] | None = None,
         best_auc: float | None = None,
     ) -> None:
         self.rows = self.positives = 0
-        self._source, self._dense, self._categorical = source, dense, categorical
+        self._source, self._dense, self._bags = source, dense, frozenset(bags)
+        self._categorical = [*categorical, *bags]
         self._cardinalities, self._best_auc = cardinalities, best_auc
         self._nulls = np.zeros(len(dense) + len(categorical), np.int64)
-        self._sketch = DistinctSketch(categorical)
+        self._sketch = IdSketch(self._categorical)
         self._moments = [(0, 0.0, 0.0) for _ in dense]
         self._origin: str | None = None
         self._schema = pa.schema(
-            [("label", pa.int8()), *((n, pa.int32()) for n in dense), *((n, pa.int64()) for n in categorical)]
+            [
+                ("label", pa.int8()),
+                *((n, pa.int32()) for n in dense),
+                *((n, pa.int64()) for n in categorical),
+                *((n, pa.list_(pa.int64())) for n in bags),
+            ]
         )
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", compression_level=1)
 
@@ -72,6 +88,7 @@ class PartWriter:
         columns = [pa.array(block.labels)]
         columns += [pa.array(v, mask=null) for v, null in zip(block.dense, block.dense_null, strict=True)]
         columns += [pa.array(v, mask=null) for v, null in zip(block.ids, block.ids_null, strict=True)]
+        columns += [pa.ListArray.from_arrays(offsets, values) for offsets, values in block.bags]
         self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=ROW_GROUP_ROWS)
         self.rows += len(block.labels)
         self.positives += int(block.labels.sum(dtype=np.int64))
@@ -81,15 +98,18 @@ class PartWriter:
             if len(present):
                 one = (len(present), float(present.mean()), float(present.var(dtype=np.float64)) * len(present))
                 self._moments[k] = join_moments(self._moments[k], one)
-        self._sketch.add(np.ascontiguousarray(block.ids), ~block.ids_null)
+        for f, (values, null) in enumerate(zip(block.ids, block.ids_null, strict=True)):
+            self._sketch.add(f, values[~null] if null.any() else values)
+        for f, (_, values) in enumerate(block.bags, len(block.ids)):
+            self._sketch.add(f, values)
 
     def state(self, origin: str, count: int, examples: Sequence[str]) -> None:
         """What the file is made from, and its bad rows: for the conversion that goes on after this one was killed."""
         self._origin = json.dumps({"origin": origin, "count": count, "examples": list(examples)})
 
     def _describe(self) -> Schema:
-        missing = [float(share) for share in self._nulls / max(1, self.rows)]
-        distinct = self._sketch.estimates()
+        missing = [float(share) for share in self._nulls / max(1, self.rows)] + [0.0] * len(self._bags)
+        distinct, frequent = self._sketch.distinct(), frequent_ids(self._sketch)
         cardinalities: Sequence[int | None] = self._cardinalities or [None] * len(self._categorical)
         return Schema(
             source=self._source,
@@ -100,7 +120,12 @@ class PartWriter:
             ],
             categorical=[
                 CategoricalColumn(
-                    name=n, distinct=min(distinct[n], self.rows, c or self.rows), cardinality=c, missing=m
+                    name=n,
+                    distinct=min(distinct[n], c or distinct[n], distinct[n] if n in self._bags else self.rows),
+                    frequent=frequent[n],
+                    cardinality=c,
+                    missing=m,
+                    bag=n in self._bags,
                 )
                 for n, c, m in zip(self._categorical, cardinalities, missing[len(self._dense) :], strict=True)
             ],
@@ -119,6 +144,26 @@ class PartWriter:
             stated = {} if self._origin is None else {ORIGIN_KEY.decode(): self._origin}
             self._writer.add_key_value_metadata(file_metadata(self._describe(), self._sketch) | stated)
         self._writer.close()
+
+
+@contextmanager
+def writing_behind(writer: PartWriter) -> Iterator[Callable[[Block], None]]:
+    """A function that writes a block on another thread while its caller makes the next one.
+
+    When the context ends, all are written. A failure is raised by the call that follows, or at the end.
+    """
+    under_way: Future[None] | None = None
+
+    def write(block: Block) -> None:
+        nonlocal under_way
+        if under_way is not None:
+            under_way.result()
+        under_way = behind.submit(writer.write, block)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="parquet-write") as behind:
+        yield write
+        if under_way is not None:
+            under_way.result()
 
 
 class DatasetWriter:
