@@ -8,7 +8,9 @@ import json
 import math
 import os
 import shutil
+import socket
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ from .sketch import IdSketch
 ROW_GROUP_ROWS = 32_768
 SUMMARY = "_embershard.json"  # readers of Parquet folders pass over names that begin with `_`
 ORIGIN_KEY = b"embershard.origin"
-_LOCK = "lock"
+_LOCK, _OWNER = "lock", "owner"
 
 
 @dataclass(slots=True)
@@ -170,11 +172,12 @@ class DatasetWriter:
     """A folder that appears complete or not at all. Use as a context manager.
 
     A local one is written to `.NAME.incomplete` beside it and appears by one rename. In an object store, which has no
-    rename, it holds a file `_incomplete` until all is there, and no reader takes it before. A failure removes what was
-    written; what a killed process left is taken up by the next one that writes the same (`keep`).
+    rename, it holds a file `_incomplete` until all is there, and no reader takes it before; the file names who writes,
+    so that a second machine is refused, or noticed by the first one's next part. A failure removes what was written;
+    what a killed process left is taken up by the next one on this machine that writes the same (`keep`).
 
     Raises:
-        DataError: the output exists, or another process on this machine is writing it.
+        DataError: the output exists, or another process is writing it.
     """
 
     def __init__(self, output: str) -> None:
@@ -183,6 +186,8 @@ class DatasetWriter:
         self.output = Path(os.path.abspath(self._root)) if self._local else Path(self._root)
         self.name = str(self.output) if self._local else output
         self._marker = f"{self._root}/{INCOMPLETE}"
+        self._owner = b""  # what the marker holds while this writer owns the output
+        self._parts: set[str] = set()
         if self._local:
             exists = self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
             self.folder = self.output.parent / f".{self.output.name}.incomplete"
@@ -203,8 +208,40 @@ class DatasetWriter:
             os.close(self._lock)
             raise DataError(f"{self.name}: another process is writing it") from error
         if not self._local:
-            RETRIES.call(lambda: self._fs.pipe_file(self._marker, b""), self._marker)
+            try:
+                self._claim()
+            except BaseException:
+                os.close(self._lock)
+                raise
         return self
+
+    def _claim(self) -> None:
+        """Makes the output this writer's, unless it is that of another machine."""
+        note = self.folder / _OWNER
+        self._owner = note.read_bytes() if note.exists() else b""  # of a killed process of this machine
+        if self._found_owner() is None:
+            who = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:8]}"
+            self._owner = who.encode()
+            note.write_bytes(self._owner)
+            RETRIES.call(lambda: self._fs.pipe_file(self._marker, self._owner), self._marker)
+        self._check_owner()
+
+    def _found_owner(self) -> bytes | None:
+        self._fs.invalidate_cache()
+        try:
+            return bytes(RETRIES.call(lambda: self._fs.cat_file(self._marker), self._marker))
+        except FileNotFoundError:
+            return None
+
+    def _check_owner(self) -> None:
+        found = self._found_owner()
+        if found != self._owner:
+            self._owner = b""
+            who = "another process" if found is None else found.decode(errors="replace")
+            raise DataError(
+                f"{self.name}: {who} is writing it, or was stopped; remove the folder if it no longer runs, or name "
+                "another output"
+            )
 
     def staged(self, part: str) -> Path:
         """Where a part is written before it is published."""
@@ -217,27 +254,38 @@ class DatasetWriter:
             {part: {count, examples}}.
         """
         kept = {}
-        for path in self._parts():
+        for path in self._found_parts():
             stated = _stated(self._fs, path)
             part = os.path.basename(path)
             if stated is not None and origins.get(part) == stated["origin"]:
                 kept[part] = stated
+                self._parts.add(part)
             else:
-                self._fs.rm_file(path)
+                self._remove(path)
         for staged in self.folder.glob("_*"):
             staged.unlink()
         return kept
 
     def publish(self, part: str) -> None:
         """A staged part is complete."""
+        self._parts.add(part)
         if self._local:
             os.rename(self.staged(part), self.folder / part)
             return
+        self._check_owner()
         RETRIES.call(lambda: self._fs.put_file(str(self.staged(part)), f"{self._root}/{part}"), part)
         self.staged(part).unlink()
 
     def finish(self) -> Schema:
-        """Writes the summary, last, and lets the output appear. Returns the schema of the whole."""
+        """Writes the summary, last, and lets the output appear. Returns the schema of the whole.
+
+        Raises:
+            DataError: another process wrote to it too.
+        """
+        if not self._local:
+            self._check_owner()
+        if strange := sorted({os.path.basename(path) for path in self._found_parts()} - self._parts):
+            raise DataError(f"{self.name}: {strange[0]} came from another process that writes it too; start again")
         where = str(self.folder) if self._local else self.name
         files = read_footers(where, unfinished=True)
         schema = schema_of(where, files)
@@ -249,23 +297,26 @@ class DatasetWriter:
             os.rename(self.folder, self.output)
         else:
             RETRIES.call(lambda: self._fs.pipe_file(f"{self._root}/{SUMMARY}", summary), SUMMARY)
-            RETRIES.call(lambda: self._fs.rm_file(self._marker), self._marker)
+            self._remove(self._marker)
             shutil.rmtree(self.folder)
         return schema
 
-    def _parts(self) -> list[str]:
+    def _found_parts(self) -> list[str]:
         if self._local:
             return [str(path) for path in self.folder.glob("[!_]*.parquet")]
         return [path for path in _find_all(self._fs, self._root) if path.endswith(".parquet")]
+
+    def _remove(self, path: str) -> None:
+        RETRIES.call(lambda: self._fs.rm_file(path), path)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and issubclass(kind, Exception):
             shutil.rmtree(self.folder, ignore_errors=True)
-            if not self._local:
-                for path in _find_all(self._fs, self._root):
-                    self._fs.rm_file(path)
+            if self._owner:
+                for path in sorted(_find_all(self._fs, self._root), key=lambda path: path == self._marker):
+                    self._remove(path)  # the marker last: without it the rest would look complete
         os.close(self._lock)
 
 
