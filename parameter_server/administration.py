@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,16 +14,28 @@ from .blocks import BlockMap
 from .requests import Completed
 from .shard import Shard
 from .snapshot import Snapshot
-from .store import StoreError
+from .store import BusyError, StoreError
 from .tables import TableSpec
+
+SETTLE_POLL_SECONDS = 0.001
+
+
+class Fetch(Protocol):
+    """Gets a block, or what changed of it, from shard `source`: its tensors and their bytes."""
+
+    def __call__(self, block: int, source: int, *, changes: bool, seal: bool) -> tuple[dict[str, np.ndarray], int]: ...
 
 
 class Administration:
-    """Arguments and results are JSON values. `deliver` gets the waiting calls that an administrative call ends."""
+    """Arguments and results are JSON values.
 
-    def __init__(self, shard: Shard, deliver: Callable[[list[Completed]], None]) -> None:
+    deliver: gets the waiting calls that an administrative call ends. fetch: asks another shard for a block.
+    """
+
+    def __init__(self, shard: Shard, deliver: Callable[[list[Completed]], None], fetch: Fetch) -> None:
         self.shard = shard
         self._deliver = deliver
+        self._fetch = fetch
         self._cuts: dict[int, Snapshot] = {}  # waiting to be written
         self._written: dict[int, Snapshot] = {}  # being written
         self._numbers = itertools.count(1)
@@ -31,11 +44,16 @@ class Administration:
             "set_block_map": self.set_block_map,
             "create_tables": self.create_tables,
             "begin": self.begin,
-            "reset": self.shard.reset,
+            "reset": self.reset,
             "mark": self.mark,
             "write": self.write,
             "check_load": self.check_load,
             "load": self.load,
+            "hold_pulls": self.hold_pulls,
+            "settle": self.settle,
+            "fetch_block": self.fetch_block,
+            "cancel_moves": self.cancel_moves,
+            "traffic": lambda: self.shard.traffic.tolist(),
             "statistics": self.shard.statistics,
         }
         if failpoints.allowed():
@@ -60,7 +78,11 @@ class Administration:
         }
 
     def set_block_map(self, epoch: int, owners: list[int], addresses: list[str]) -> None:
+        """Takes over a map; a newer one also ends the hold of pulls (`hold_pulls`) that came before it."""
+        newer = epoch > self.shard.block_map.epoch
         self.shard.set_block_map(BlockMap(epoch, np.array(owners, np.uint16), tuple(addresses)))
+        if newer:
+            self._deliver(self.shard.resume_pulls())
 
     def create_tables(self, tables: list[dict[str, Any]]) -> None:
         self.shard.create_tables([TableSpec.model_validate(table) for table in tables])
@@ -71,11 +93,22 @@ class Administration:
         if older:  # whoever asked for these checkpoints is gone, or fenced
             self._give_up([*self._cuts.values(), *self._written.values()])
 
-    def mark(self) -> int:
+    def reset(self, epoch: int) -> None:
+        self._expect(epoch)
+        self.shard.reset()
+
+    def mark(self, epoch: int) -> int:
+        """Cuts, if the caller's block map is this shard's own: otherwise a block might be in no cut, or in two."""
         self._give_up(self._cuts.values())  # nobody came to write it: its number was lost on the way
         number = next(self._numbers)
-        self._cuts[number] = self.shard.mark()
+        with self.shard.lock:
+            self._expect(epoch)
+            self._cuts[number] = self.shard.mark()
         return number
+
+    def _expect(self, epoch: int) -> None:
+        if (own := self.shard.block_map.epoch) != epoch:
+            raise BusyError(f"shard {self.shard.number} has a block map of epoch {own}, not {epoch}")
 
     def write(self, cut: int, directory: str) -> list[dict[str, Any]]:
         snapshot = self._cuts.pop(cut, None)
@@ -94,8 +127,33 @@ class Administration:
         for snapshot in list(cuts):
             snapshot.close()
 
-    def check_load(self, directory: str, tables: dict[str, str]) -> None:
+    def check_load(self, directory: str, tables: dict[str, str], epoch: int) -> None:
+        self._expect(epoch)
         restore.check_load(self.shard, directory, tables)
 
-    def load(self, directory: str, tables: dict[str, str]) -> dict[str, list[str]]:
+    def load(self, directory: str, tables: dict[str, str], epoch: int) -> dict[str, list[str]]:
+        self._expect(epoch)
         return restore.load_blocks(self.shard, directory, tables)
+
+    def hold_pulls(self, after: int, seconds: float) -> int:
+        step, released = self.shard.hold_pulls(after, time.monotonic() + seconds)
+        self._deliver(released)
+        return step
+
+    def settle(self, step: int, hold: float, seconds: float) -> dict[str, Any]:
+        """Lets the pulls up to `step` through and waits up to `seconds` for the pushes; see `Shard.settled`."""
+        self.hold_pulls(step, hold)
+        deadline = time.monotonic() + seconds
+        while not (state := self.shard.settled(step))["settled"] and time.monotonic() < deadline:
+            time.sleep(SETTLE_POLL_SECONDS)
+        return state
+
+    def cancel_moves(self) -> None:
+        self.shard.cancel_moves()
+        self._deliver(self.shard.resume_pulls())
+
+    def fetch_block(self, block: int, source: int, changes: bool = False, seal: bool = False) -> int:
+        """Asks shard `source` for a block, or for what changed of it; returns the bytes that came."""
+        tensors, size = self._fetch(block, source, changes=changes, seal=seal)
+        self.shard.receive_block(block, tensors)
+        return size

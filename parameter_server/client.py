@@ -41,6 +41,7 @@ CLIENT_OPTIONS = [
 ]
 _ERRORS: dict[str, type[Exception]] = {
     "StoreError": StoreError,
+    "BusyError": errors.BusyError,
     "FencedError": errors.FencedError,
     "TableError": table_errors.TableError,
     "CheckpointError": CheckpointError,
@@ -108,18 +109,22 @@ class StoreClient(ShardedStore):
         block_map = BlockMap(described["epoch"], owners, tuple(described["addresses"]))
         return cls(layout, block_map, timeout, security, find_map)
 
-    def _link(self, shard: int) -> _Link:
-        address = self.block_map.addresses[shard]
+    def _link(self, address: str) -> _Link:
         link = self._links.get(address)
         if link is None:
             link = self._links.setdefault(address, _Link(address, self._security))
         return link
 
     def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
-        self.counters.wire_bytes += self._link(shard).send(request, timeout, self.widths, on_answer, self.counters)
+        addresses = self.block_map.addresses
+        if shard >= len(addresses):
+            on_answer(ConnectionError(f"shard {shard} has left the store"), None)
+            return
+        sent = self._link(addresses[shard]).send(request, timeout, self.widths, on_answer, self.counters)
+        self.counters.add("wire_bytes", sent)
 
-    def _control(self, shard: int, method: str, arguments: Mapping[str, Any]) -> Any:
-        return self._link(shard).control(method, arguments, CONTROL_SECONDS)
+    def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
+        return self._link(address).control(method, arguments, CONTROL_SECONDS)
 
     def close(self) -> None:
         super().close()
@@ -210,10 +215,8 @@ class _Stream:
                 if done is None:
                     continue
                 number, header, payload = done
-                if number not in self._open:
-                    raise FrameError(f"an answer to call {number}, which is not open")
                 request, widths, on_answer, counters = self._open.pop(number)
-                counters.wire_bytes += len(header) + len(payload)
+                counters.add("wire_bytes", len(header) + len(payload))
                 try:
                     reply, newer = decode_reply(header, payload, request, widths)
                 except FrameError as error:

@@ -20,6 +20,7 @@ from .journal import FileJournal
 from .records import JournalError
 from .shard import Shard
 from .snapshot import Snapshot
+from .store import BusyError
 from .tables import TableSpec
 
 FORMAT = 1
@@ -68,6 +69,8 @@ class Compaction:
     def _run(self) -> None:
         try:
             self._due = max(self._journal_bytes, self.write())
+        except BusyError:
+            pass  # the next record asks again
         except (JournalError, CheckpointError, OSError, KeyError):
             self._journal.snapshot_failures += 1
             self._due = self._journal.size + self._journal_bytes  # a disk that is full is not asked at every push
@@ -79,9 +82,12 @@ class Compaction:
 
         Raises:
             JournalError, CheckpointError: it cannot be written. KeyError: a block that it needed was overwritten.
+            BusyError: blocks are on their way.
         """
         shard, journal = self._shard, self._journal
         with shard.lock:
+            if shard.moving:  # what has arrived of a block stands in the journal alone
+                raise BusyError(f"shard {shard.number} is changing blocks with other shards")
             number, first = journal.roll()
             cut = shard.mark_local()
             content = _describe(shard, first)

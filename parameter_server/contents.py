@@ -9,22 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels, ledger, optimizers, snapshot
+from . import failpoints, kernels, ledger, optimizers, snapshot, transit
 from .blocks import BlockMap
 from .memory import SlabMemory, split_block
 from .records import Journal, Kind, encode_tensors
 from .snapshot import LEDGER, Snapshot
-from .store import StoreError
+from .store import BusyError, StoreError
 from .tables import Layout, TableError, TableSpec
+from .transit import Transit
 from .validation import readable
 
-NOBODY = 65535  # owner of every block before the first block map; a map has at most 6553 shards
+NOBODY = 65535  # owner of every block before the first block map; no shard has this number
 
 
 class Contents:
     """The blocks that the block map gives to shard `number`; every public method holds `lock`.
 
-    A block is served once it is *held*: from the first block map on, or after `load_block` brought its content.
+    A block is *held* from the first block map on, or once `load_block` or a move brought its content; a block that is
+    held is served unless it is sealed for the end of a move.
     """
 
     def __init__(self, number: int, layout: Layout, memory_bytes: int | None = None) -> None:
@@ -37,6 +39,8 @@ class Contents:
         self.block_map = BlockMap(0, np.full(blocks, NOBODY, np.uint16), ())
         self._memory: list[SlabMemory] = []
         self._held = np.zeros(blocks, np.bool_)
+        self._served = np.zeros(blocks, np.bool_)
+        self._transit = Transit(blocks)
         self._snapshot: Snapshot | None = None
         self._local_snapshot: Snapshot | None = None
         self.journal: Journal | None = None
@@ -48,8 +52,13 @@ class Contents:
 
     @property
     def held_bytes(self) -> int:
-        """Rows and optimizer state of the blocks held."""
-        return _bytes_of(self._memory, int(self._held.sum()))
+        """Rows and optimizer state of the blocks held, or about to be."""
+        return _bytes_of(self._memory, int((self._held | self._transit.arrived).sum()))
+
+    @property
+    def moving(self) -> bool:
+        """Whether blocks are on their way to this shard or from it."""
+        return bool(self._transit.arrived.any() or self._transit.leaving.any() or self._transit.busy)
 
     def _check_budget(self, added: int, what: str) -> None:
         """Raises TableError if so many bytes more would exceed `memory_bytes`."""
@@ -72,10 +81,13 @@ class Contents:
         return self.held_bytes + held + len(cuts) * added <= self.memory_bytes
 
     def set_block_map(self, block_map: BlockMap) -> None:
-        """Takes over a newer map. Blocks that go elsewhere are dropped; blocks that come are served after `load_block`.
+        """Takes over a newer map, which ends the moves of the blocks that it gives to another shard.
+
+        Blocks that go elsewhere are dropped; blocks that come are served if a move brought them, or after `load_block`.
 
         Raises:
-            TableError: another number of blocks. StoreError: an older epoch, or a block leaves that a cut still needs.
+            TableError: another number of blocks. StoreError: an older epoch.
+            BusyError: a cut still needs a block that leaves.
         """
         with self.lock:
             if block_map.blocks != self.layout.blocks:
@@ -92,12 +104,21 @@ class Contents:
             self._record(Kind.BLOCK_MAP, content)
             for block in leaving:
                 self._held[block] = False
-                self.ledger.drop_block(block)
-                for memory in self._memory:
-                    memory.drop(block)
-            if not self._memory:  # without tables a block has no content that could be missing
-                self._held = owned.copy()
+                self._drop(block)
+            # Without tables a block has no content that could be missing.
+            arrived = owned & self._transit.arrived if self._memory else owned
+            self._held |= arrived
+            ended = arrived.copy()
+            ended[leaving] = True
+            self._transit.cancel(ended)
+            self._served = self._held & ~self._transit.sealed
             self.block_map = block_map
+            failpoints.hit("move.owned")
+
+    def _drop(self, block: int) -> None:
+        self.ledger.drop_block(block)
+        for memory in self._memory:
+            memory.drop(block)
 
     def create_tables(self, tables: Sequence[TableSpec]) -> None:
         """Adds tables with their initial rows in all blocks held; see `Layout.add`.
@@ -106,6 +127,7 @@ class Contents:
             TableError: a table exists with another specification, or the address space cannot be had; nothing is added.
         """
         with self.lock:
+            self._end_copies()
             layout = copy.deepcopy(self.layout)
             added = [SlabMemory(slab) for slab in layout.add(tables)]
             names = ", ".join(repr(spec.name) for memory in added for spec in memory.slab.tables)
@@ -129,6 +151,7 @@ class Contents:
             held = np.flatnonzero(self._held).tolist()
             for block in held:
                 self._not_in_cut(block)
+            self._end_copies()
             self._record(Kind.RESET, {})
             for memory in self._memory:
                 for block in held:
@@ -144,16 +167,18 @@ class Contents:
                 warm_up(memory.slab.index_dtype)
             self.block_map = block_map
             self._held = block_map.owned_by(self.number) if not self._memory else np.zeros(block_map.blocks, np.bool_)
+            self._served = self._held.copy()
 
     def mark(self) -> Snapshot:
         """Cuts: the snapshot holds every row and the ledger as they are now. Milliseconds, whatever the size.
 
         Raises:
-            StoreError: the last cut is not closed yet.
+            StoreError: the last cut is not closed yet. BusyError: a block is sealed, so that no shard serves it.
         """
         with self.lock:
             if self._snapshot is not None:
                 raise StoreError(f"shard {self.number} is still writing the last checkpoint: wait for it")
+            self._not_sealed()
             self._snapshot = self._cut(self._forget_snapshot)
             return self._snapshot
 
@@ -185,7 +210,79 @@ class Contents:
         if self._local_snapshot is not None and self._local_snapshot.is_pending(block):
             self._local_snapshot.close()
         if self._snapshot is not None and self._snapshot.is_pending(block):
-            raise StoreError(f"block {block} of shard {self.number} is not in the checkpoint yet: wait for it")
+            raise BusyError(f"block {block} of shard {self.number} is not in the checkpoint yet: wait for it")
+
+    def _not_sealed(self) -> None:
+        if self._transit.busy:
+            raise BusyError(f"shard {self.number} is about to give blocks to other shards: wait for it")
+
+    def _end_copies(self) -> None:
+        """Before rows change otherwise than by pushes: blocks that are being copied have to be copied anew."""
+        self._not_sealed()
+        self._transit.cancel(self._transit.leaving.copy())
+
+    def begin_move(self, block: int) -> dict[str, np.ndarray]:
+        """Begins to give a block away while it is served; see `Transit.begin`. Beginning again copies it anew.
+
+        Raises:
+            StoreError: the block is not held. BusyError: it is sealed already.
+        """
+        with self.lock:
+            if not self._held[block]:
+                raise StoreError(f"shard {self.number} does not hold block {block}")
+            self._not_sealed()
+            failpoints.hit("move.begun")
+            return self._transit.begin(self._memory, block)
+
+    def changes_of(self, block: int, *, seal: bool = False) -> dict[str, np.ndarray]:
+        """What changed of a block that is being given away; see `Transit.changes`.
+
+        seal: no call reads or changes the block from now on; it is answered MOVED until the move ends.
+
+        Raises:
+            StoreError: the block is not on its way. BusyError: a cut still needs it, so that it cannot be sealed.
+        """
+        with self.lock:
+            if seal and not failpoints.active("seal"):
+                self._not_in_cut(block)
+                self._transit.check_leaving(block)
+                self._record(Kind.SEAL, {"block": block})
+                self.seal(block)
+                failpoints.hit("move.sealed")
+            return self._transit.changes(self._memory, self.ledger, block)
+
+    def seal(self, block: int) -> None:
+        """No call reads or changes a block from now on; what the journal says once more after a restart."""
+        with self.lock:
+            self._transit.sealed[block] = True
+            self._served[block] = False
+
+    def receive_block(self, block: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Takes in a block or its changes, which a later block map may make this shard's own; see `Transit.receive`.
+
+        Raises:
+            StoreError: the block is held already, or the tensors do not fit.
+        """
+        with self.lock:
+            if self._held[block]:
+                raise StoreError(f"shard {self.number} holds block {block} already")
+            if not self._transit.arrived[block]:
+                self._check_budget(_bytes_of(self._memory, 1), f"block {block}")
+            parts = self._transit.checked(self._memory, block, tensors)
+            self._record(Kind.INCOMING, {"block": block}, tensors)
+            self._transit.receive(self._memory, self.ledger, block, parts, tensors)
+            failpoints.hit("move.received")
+
+    def cancel_moves(self) -> None:
+        """What this shard was giving away it keeps and serves; what arrived and is not its own is forgotten."""
+        with self.lock:
+            if self.moving:
+                self._record(Kind.CANCEL_MOVES, {})
+            arrived = np.flatnonzero(self._transit.arrived & ~self._held).tolist()
+            self._transit.cancel()
+            for block in arrived:
+                self._drop(block)
+            self._served = self._held.copy()
 
     def export_block(self, block: int) -> dict[str, np.ndarray]:
         """Everything known of one block now: its rows by table (`split_block`) and its ledger under "ledger/...".
@@ -215,6 +312,7 @@ class Contents:
             if self.block_map.owners[block] != self.number:
                 raise StoreError(f"block {block} does not belong to shard {self.number}: send it to its owner")
             self._not_in_cut(block)
+            self._end_copies()
             missing = [spec.name for spec in self.layout.tables if f"{spec.name}/weight" not in tensors]
             if missing and not self._held[block]:
                 raise TableError(f"block {block} comes without table {missing[0]!r}, which shard {self.number} has")
@@ -227,12 +325,13 @@ class Contents:
             if f"{LEDGER}client" in tensors:
                 names = ("client", "generation", "highest", "window")
                 self.ledger.import_block(block, {name: tensors[LEDGER + name] for name in names})
-            self._held[block] = True
+            self._held[block] = self._served[block] = True
             return without_state
 
     def overwrite_rows(self, slab: int, index: np.ndarray, weights: np.ndarray, state: np.ndarray | None) -> None:
         """Sets rows of held blocks, skips others: weights [U, width], state [U, state_width] or None (initial)."""
         with self.lock:
+            self._end_copies()
             memory = self._memory[slab]
             here = self._held[index // memory.slab.rows_per_block]
             written = {"index": index, "weights": weights} | ({} if state is None else {"state": state})
@@ -252,3 +351,4 @@ def warm_up(index_dtype: np.dtype[np.unsignedinteger]) -> None:
     kernels.warm_up(index_dtype)
     ledger.warm_up()
     snapshot.warm_up(index_dtype)
+    transit.warm_up(index_dtype)

@@ -35,6 +35,12 @@ POINTS = GUARDS | {
     "checkpoint.manifest",  # every file is written, the manifest is not
     "checkpoint.committed",  # the manifest is there, the caller has not heard of it
     "load.block",  # before each block that is loaded
+    "move.begun",  # at the source: a block is about to be copied
+    "move.received",  # at the target: a block or its changes are in the journal and in memory
+    "move.sealed",  # at the source: the block is sealed, the last changes are not sent
+    "move.owned",  # a new block map is in the journal and in force
+    "move.commit",  # at the coordinator: everything is ready, the new block map is not written
+    "move.committed",  # at the coordinator: it is written, nobody knows it
 }
 """Every name there is: a point that nobody passes would make its test pass for nothing."""
 

@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from .administration import Administration
 from .blocks import BlockMap
 from .requests import Completed, PullRequest, PushRequest
 from .shard import Shard
 from .sharded import OnAnswer, ShardedStore
 from .tables import DEFAULT_BLOCKS, Layout
+
+PREFIX = "local-"
 
 
 class LocalStore(ShardedStore):
@@ -26,10 +30,10 @@ class LocalStore(ShardedStore):
         timeout: float = 60.0,
         members: list[Shard] | None = None,
     ) -> None:
-        block_map = BlockMap.initial(blocks, tuple(f"local-{i}" for i in range(shards)))
+        block_map = BlockMap.initial(blocks, tuple(f"{PREFIX}{i}" for i in range(shards)))
         super().__init__(Layout(blocks, seed), block_map, timeout)
         self.members = members if members is not None else [Shard(i, Layout(blocks, seed)) for i in range(shards)]
-        self._administrations = [Administration(shard, self._deliver) for shard in self.members]
+        self._administrations = [Administration(shard, self._deliver, self._fetch) for shard in self.members]
         if members is None:
             for shard in self.members:
                 shard.set_block_map(block_map)
@@ -62,8 +66,13 @@ class LocalStore(ShardedStore):
         if not any(done.token is answer for done in completed):
             self._timer.later(timeout, lambda: self._deliver(member.expire(time.monotonic())))
 
-    def _control(self, shard: int, method: str, arguments: Mapping[str, Any]) -> Any:
-        return self._administrations[shard].call(method, arguments)
+    def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
+        return self._administrations[int(address.removeprefix(PREFIX))].call(method, arguments)
+
+    def _fetch(self, block: int, source: int, *, changes: bool, seal: bool) -> tuple[dict[str, np.ndarray], int]:
+        member = self.members[source]
+        tensors = member.changes_of(block, seal=seal) if changes else member.begin_move(block)
+        return tensors, sum(tensor.nbytes for tensor in tensors.values())
 
     @staticmethod
     def _deliver(completed: list[Completed]) -> None:

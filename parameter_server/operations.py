@@ -112,6 +112,17 @@ class Push(Operation):
         self.parts = parts
         self.grads = grads
         self.learning_rates = learning_rates
+        self._told: set[int] = set()
+
+    def sent(self, shards: Sequence[int]) -> None:
+        with self._lock:
+            self._told.update(shards)
+        super().sent(shards)
+
+    def not_told(self, shards: int) -> list[int]:
+        """Those of the first `shards` shards that no call of this push was sent to."""
+        with self._lock:
+            return [shard for shard in range(shards) if shard not in self._told]
 
     def request(self, shares: list[Share], epoch: int) -> PushRequest:
         return PushRequest(

@@ -34,6 +34,9 @@ class Kind(IntEnum):
     BLOCK = 5  # tables of one block, and its ledger, overwritten
     ROWS = 6  # rows of one slab overwritten
     RESET = 7
+    INCOMING = 8  # a block, or what changed of it, from another shard; a later block map may make it this shard's own
+    SEAL = 9
+    CANCEL_MOVES = 10
 
 
 class JournalError(StoreError):

@@ -97,5 +97,11 @@ def _apply(shard: Shard, record: Record) -> None:
         shard.load_block(content["block"], tensors)
     elif record.kind is Kind.ROWS:
         shard.overwrite_rows(content["slab"], tensors["index"], tensors["weights"], tensors.get("state"))
+    elif record.kind is Kind.INCOMING:
+        shard.receive_block(content["block"], tensors)
+    elif record.kind is Kind.SEAL:
+        shard.seal(content["block"])
+    elif record.kind is Kind.CANCEL_MOVES:
+        shard.cancel_moves()
     else:
         shard.reset()

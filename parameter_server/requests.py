@@ -84,6 +84,15 @@ class PushRequest:
     clock: Clock | None = None
     epoch: int = 0
 
+    def touched(self, blocks: int) -> np.ndarray:
+        """int64 [K]: those of `blocks` blocks that any part holds, each once."""
+        if len(self.parts) == 1:
+            return self.parts[0].blocks.astype(np.int64)
+        touched = np.zeros(blocks, np.bool_)
+        for part in self.parts:
+            touched[part.blocks] = True
+        return touched.nonzero()[0]
+
 
 @dataclass(slots=True)
 class PushReply:

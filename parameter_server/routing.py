@@ -30,6 +30,16 @@ class Share:
         return Share(self.part, rows, positions[mask])
 
 
+def regroup(shares: Sequence[Share], owners: np.ndarray) -> dict[int, list[Share]]:
+    """Shares divided among the owners (uint16 [blocks]) of their blocks."""
+    by_owner: dict[int, list[Share]] = {}
+    for share in shares:
+        owner = owners[share.rows.blocks]
+        for shard in np.unique(owner).tolist():
+            by_owner.setdefault(shard, []).append(share.select(owner == shard))
+    return by_owner
+
+
 def split(parts: Sequence[RowSet], owners: np.ndarray) -> dict[int, list[Share]]:
     """Divides the parts of a call among the owners (uint16 [blocks]) of their blocks, in part order for each shard."""
     shares: dict[int, list[Share]] = {}

@@ -14,11 +14,13 @@ from contextlib import suppress
 from typing import Any
 
 import grpc
+import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from pydantic import SecretStr
 
+from . import transfer
 from .administration import Administration
 from .protocol import shard_pb2 as pb
 from .protocol.frames import CHANNEL_OPTIONS, MAX_CALL_BYTES, MAX_OPEN_CALLS, Assembler, FrameError, encode
@@ -58,7 +60,7 @@ class ShardServer:
         self.shard = shard
         self.host = host
         self.port = port
-        self._administration = Administration(shard, self._deliver_from_thread)
+        self._administration = Administration(shard, self._deliver_from_thread, self._fetch)
         self._loop = asyncio.new_event_loop()
         self._stopping: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._run, name=f"shard-{shard.number}", daemon=True)
@@ -129,7 +131,10 @@ class ShardServer:
         control = grpc.unary_unary_rpc_method_handler(
             self._control, pb.ControlRequest.FromString, pb.ControlReply.SerializeToString
         )
-        return grpc.method_handlers_generic_handler(SERVICE, {"Exchange": exchange, "Control": control})
+        transfer_block = grpc.unary_stream_rpc_method_handler(self._transfer, pb.TransferRequest.FromString)
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {"Exchange": exchange, "Control": control, transfer.METHOD: transfer_block}
+        )
 
     async def _exchange(self, _: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         stream = _Stream(context)
@@ -182,6 +187,22 @@ class ShardServer:
         except Exception as error:
             return pb.ControlReply(error=f"{type(error).__name__}: {error}")
         return pb.ControlReply(result=json.dumps(result))
+
+    def _fetch(self, block: int, source: int, *, changes: bool, seal: bool) -> tuple[dict[str, np.ndarray], int]:
+        address = self.shard.block_map.addresses[source]
+        return transfer.fetch(self._security, address, block, changes=changes, seal=seal, timeout=transfer.SECONDS)
+
+    async def _transfer(self, request: pb.TransferRequest, context: grpc.aio.ServicerContext) -> None:
+        """Between two frames of a block the loop serves whoever else calls."""
+        try:
+            if request.changes:
+                tensors = self.shard.changes_of(request.block, seal=request.seal)
+            else:
+                tensors = self.shard.begin_move(request.block)
+        except (StoreError, IndexError) as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"shard {self.shard.number}: {error}")
+        for frame in transfer.encode_tensors(tensors):
+            await context.write(frame)
 
 
 class _Token:

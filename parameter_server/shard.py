@@ -16,6 +16,7 @@ import numpy as np
 from . import failpoints, kernels, ledger, optimizers
 from .clocks import Clocks
 from .contents import Contents
+from .gate import Gate
 from .lease import Lease
 from .records import JournalError, Kind, encode_pushes
 from .requests import (
@@ -35,8 +36,8 @@ from .requests import (
     Refusal,
     RowSet,
 )
-from .store import FencedError
-from .sums import sum_pushes
+from .store import BusyError, FencedError
+from .sums import accepted, sum_pushes
 from .tables import Layout
 from .validation import InvalidRequest, checked_pull, checked_push, readable
 
@@ -63,6 +64,8 @@ class Shard(Contents):
         super().__init__(number, layout, memory_bytes)
         self.clocks = Clocks()
         self.lease = Lease()
+        self.traffic = np.zeros(layout.blocks, np.int64)  # rows read and changed so far, by block
+        self._gate = Gate()
         self._pulls: list[_Waiting] = []
         self._steps: dict[int, dict[int, list[_Waiting]]] = {}  # step -> rank -> pushes of `sync`
         refusals = "refused timeouts fenced lease_ended not_written later"
@@ -75,8 +78,11 @@ class Shard(Contents):
 
         Raises:
             FencedError: a newer generation has begun. ValueError: the same one, with another number of workers.
+            BusyError: blocks are changing hands, perhaps to a shard that the caller does not know yet.
         """
         with self.lock:
+            if self._gate.closed:
+                raise BusyError(f"shard {self.number} is changing blocks with other shards: wait for it")
             running = self.clocks.generation
             if running is not None and generation < running:
                 raise FencedError(f"generation {generation} is over: generation {running} is running")
@@ -89,6 +95,7 @@ class Shard(Contents):
             waiting = [*self._pulls, *self._pending_pushes()]
             self._pulls, self._steps = [], {}
             self.clocks.begin(generation, workers, step)
+            self._gate.pulled = step
             self.ledger.drop_generations_before(generation)
             self._counts["fenced"] += len(waiting)
             return [Completed(call.token, fenced) for call in waiting]
@@ -106,10 +113,40 @@ class Shard(Contents):
             if clock is not None:
                 if (refusal := self.clocks.refuse(clock)) is not None:
                     return self._refused(token, refusal)
-                if self.clocks.step < clock.step - 1 - clock.staleness:
+                if not self._may_pull(clock):
                     self._pulls.append(_Waiting(request, clock, token, deadline))
                     return []
             return [Completed(token, self._read(request))]
+
+    def hold_pulls(self, after: int, until: float) -> tuple[int, list[Completed]]:
+        """Keeps back the pulls for steps beyond `after`, or beyond the last one answered if that is later.
+
+        When every shard keeps back the same steps, and every push before them has arrived (`settled`), no worker has a
+        call under way: the one moment at which blocks change hands. Ends with `resume_pulls`, or by itself at `until`
+        (`time.monotonic()` seconds). Returns the last step let through, and the pulls kept back before that it lets
+        through now.
+        """
+        with self.lock:
+            return self._gate.close(after, until), self._release()
+
+    def settled(self, step: int) -> dict[str, Any]:
+        """generation, workers, and settled: whether the pushes of all ranks up to `step` are applied.
+
+        Without a generation there is nothing to wait for.
+        """
+        with self.lock:
+            generation = self.clocks.generation
+            settled = generation is None or self.clocks.step >= step
+            return {"generation": generation, "workers": self.clocks.workers, "settled": settled}
+
+    def resume_pulls(self) -> list[Completed]:
+        """Answers what was kept back, as far as the clocks allow."""
+        with self.lock:
+            self._gate.open()
+            return self._release()
+
+    def _may_pull(self, clock: Clock) -> bool:
+        return clock.step <= self._gate.step and self.clocks.step >= clock.step - 1 - clock.staleness
 
     def push(self, request: PushRequest, token: object, deadline: float) -> list[Completed]:
         """Applies a push, or keeps it until its step is complete (`sync`); answers whoever waited for it, too."""
@@ -156,12 +193,15 @@ class Shard(Contents):
                     if not ranks[rank]:
                         del ranks[rank]
             self._counts["timeouts"] += len(late)
+            if self._gate.ends <= now:
+                completed += self.resume_pulls()
             return completed
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to do; None while nothing waits."""
         with self.lock:
-            return min((call.deadline for call in (*self._pulls, *self._pending_pushes())), default=None)
+            deadlines = [call.deadline for call in (*self._pulls, *self._pending_pushes())]
+            return min([*deadlines, self._gate.ends] if self._gate.closed else deadlines, default=None)
 
     def statistics(self) -> dict[str, Any]:
         """What the shard holds and has done."""
@@ -179,6 +219,7 @@ class Shard(Contents):
                 "table_bytes": table_bytes,
                 "state_bytes": state_bytes,
                 "clients": len(self.ledger),
+                "moving": int(self._transit.leaving.sum() + self._transit.arrived.sum()),
                 "waiting": len(self._pulls) + len(list(self._pending_pushes())),
                 **self._counts,
                 **(self.journal.statistics() if self.journal is not None else {}),
@@ -199,6 +240,8 @@ class Shard(Contents):
     def _waits_for(self, call: _Waiting) -> str:
         kind = "pull" if isinstance(call.request, PullRequest) else "push"
         first = self.clocks.step + 1
+        if call.clock.step > self._gate.step:
+            return f"blocks change hands after step {self._gate.step} (asked by the {kind} for step {call.clock.step})"
         needed = call.clock.step - 1 - call.clock.staleness if kind == "pull" else call.clock.step
         missing = [rank for rank in self.clocks.behind(needed) if rank not in self._steps.get(first, {})]
         ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
@@ -206,17 +249,23 @@ class Shard(Contents):
 
     def _read(self, request: PullRequest) -> PullReply:
         statuses, rows = [], []
+        if request.clock is not None:
+            self._gate.pulled = max(self._gate.pulled, request.clock.step)
         for part in request.parts:
-            held = self._held[part.blocks]
-            index, status = part.index, np.zeros(len(held), np.uint8)  # zero is APPLIED
-            if not held.all():
-                index, status = readable(part.select(held)[0].index), np.where(held, APPLIED, MOVED).astype(np.uint8)
+            served = self._served[part.blocks]
+            index, status = part.index, np.zeros(len(served), np.uint8)  # zero is APPLIED
+            if not served.all():
+                index, status = (
+                    readable(part.select(served)[0].index),
+                    np.where(served, APPLIED, MOVED).astype(np.uint8),
+                )
                 self._counts["moved"] += int(np.count_nonzero(status))
             out = np.empty((len(index), self.layout.slabs[part.slab].width), np.float32)
             kernels.gather(self._memory[part.slab].weights, index, out)
             statuses.append(status)
             rows.append(out)
             self._counts["rows_pulled"] += len(index)
+            self.traffic[part.blocks] += part.counts
         self._counts["pulls"] += 1
         return PullReply(statuses, rows)
 
@@ -226,8 +275,8 @@ class Shard(Contents):
         Raises:
             LookupError: the push is older than a block's window, so that nobody can say whether it was applied.
         """
-        blocks = self._touched(request)
-        blocks = blocks[self._held[blocks]]
+        blocks = request.touched(self.layout.blocks)
+        blocks = blocks[self._served[blocks]]
         known = self.ledger.check(request.client, request.sequence, blocks)
         if (known == ledger.TOO_OLD).any():
             raise LookupError(
@@ -237,15 +286,6 @@ class Shard(Contents):
         statuses = np.full(self.layout.blocks, MOVED, np.uint8)
         statuses[blocks] = known  # NEW is APPLIED, DUPLICATE is DUPLICATE
         return statuses
-
-    def _touched(self, request: PushRequest) -> np.ndarray:
-        """int64 [K]: the blocks of all parts, each once."""
-        if len(request.parts) == 1:
-            return request.parts[0].blocks.astype(np.int64)
-        touched = np.zeros(self.layout.blocks, np.bool_)
-        for part in request.parts:
-            touched[part.blocks] = True
-        return touched.nonzero()[0]
 
     def _later(self, requests: Sequence[PushRequest | PullRequest]) -> Refusal | None:
         """Why pushes have to come again: a cut is written more slowly than rows change, and memory is bounded."""
@@ -269,11 +309,11 @@ class Shard(Contents):
         rates: dict[int, float] = {}
         for request, statuses in decided:
             for part, grads, rate in zip(request.parts, request.grads, request.learning_rates, strict=True):
-                taken.setdefault(part.slab, []).append(_accepted(part, grads, statuses))
+                taken.setdefault(part.slab, []).append(accepted(part, grads, statuses))
                 rates[part.slab] = rate
             clock = request.clock
             generation = ledger.NO_GENERATION if clock is None else clock.generation
-            blocks = self._touched(request)
+            blocks = request.touched(self.layout.blocks)
             self.ledger.mark(request.client, request.sequence, blocks[statuses[blocks] == APPLIED], generation)
             if clock is not None:
                 self.clocks.record(clock.rank, clock.step)
@@ -293,6 +333,7 @@ class Shard(Contents):
     def _update(self, slab: int, index: np.ndarray, grads: np.ndarray, rate: float) -> None:
         memory = self._memory[slab]
         self._save_pre_images(slab, index)
+        self._transit.note(slab, index, memory.slab.rows_per_block)
         optimizers.apply(memory.slab.optimizer, memory.weights, memory.state, index, grads, rate)
         self._counts["rows_pushed"] += len(index)
 
@@ -346,23 +387,12 @@ class Shard(Contents):
 
     def _release(self) -> list[Completed]:
         """Answers the pulls whose clock is satisfied now."""
-        step = self.clocks.step
-        ready = [call for call in self._pulls if call.clock.step - 1 - call.clock.staleness <= step]
+        ready = [call for call in self._pulls if self._may_pull(call.clock)]
         if ready:
-            self._pulls = [call for call in self._pulls if call.clock.step - 1 - call.clock.staleness > step]
+            self._pulls = [call for call in self._pulls if not self._may_pull(call.clock)]
         return [Completed(c.token, self._read(c.request)) for c in ready if isinstance(c.request, PullRequest)]
 
 
 def _rates(request: PullRequest | PushRequest) -> Iterable[tuple[RowSet, float]]:
     assert isinstance(request, PushRequest)
     return zip(request.parts, request.learning_rates, strict=True)
-
-
-def _accepted(part: RowSet, grads: np.ndarray, statuses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and gradients of those blocks whose part is new."""
-    found = statuses[part.blocks]
-    if not found.any():  # zero is APPLIED
-        return part.index, grads
-    keep = found == APPLIED
-    selected, rows = part.select(keep)
-    return readable(selected.index), readable(grads[rows])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,8 +23,8 @@ from . import checkpoint
 from .blocks import BlockMap
 from .operations import Operation, Pull, Push
 from .requests import FENCED, LATER, TIMEOUT, Clock, PullRequest, PushRequest, Refusal, Reply, RowSet
-from .routing import Share, split
-from .store import Counters, FencedError, ShardUnavailable, Store, StoreError, StoreTimeout
+from .routing import Share, regroup, split
+from .store import BusyError, Counters, FencedError, ShardUnavailable, Store, StoreError, StoreTimeout
 from .tables import Layout, TableSpec
 
 # Well below the ledger's window of 64, so that a repeated push is always still inside it.
@@ -32,6 +32,7 @@ MAX_OPEN_PUSHES = 32
 RETRY_SECONDS = 0.05
 FIND_SECONDS = 1.0  # between two questions for a newer block map
 
+T = TypeVar("T")
 Answer = Reply | ConnectionError
 OnAnswer = Callable[[Answer, BlockMap | None], None]
 
@@ -61,27 +62,32 @@ class ShardedStore(Store):
         self._timer = _Timer()
         self._find_map = find_map
         self._next_find = 0.0
+        self._adopting = threading.Lock()
 
     @abstractmethod
     def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
         """Starts a call; `on_answer` is called once, on any thread."""
 
     @abstractmethod
-    def _control(self, shard: int, method: str, arguments: Mapping[str, Any]) -> Any:
+    def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
         """One administrative call; arguments and result are JSON values. Raises StoreError, TableError, ..."""
 
-    def _control_all(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
+    def control(self, shard: int, method: str, arguments: Mapping[str, Any]) -> Any:
+        """`control_at` the address of a shard."""
+        return self.control_at(self.block_map.addresses[shard], method, arguments)
+
+    def control_all(self, method: str, arguments: Mapping[str, Any]) -> list[Any]:
         """The call to every shard; one that cannot be reached is tried again until `timeout`: it may be restarting."""
         deadline = time.monotonic() + self.timeout
 
         def call(shard: int) -> Any:
             while True:
                 try:
-                    return self._control(shard, method, arguments)
+                    return self.control(shard, method, arguments)
                 except ShardUnavailable:
                     if time.monotonic() > deadline:
                         raise
-                self.counters.retries += 1
+                self.counters.add("retries", 1)
                 self._look_for_map()
                 time.sleep(RETRY_SECONDS)
 
@@ -99,14 +105,15 @@ class ShardedStore(Store):
         trial = Layout(self.layout.blocks, self.layout.seed)
         trial.add([*self.layout.tables])
         trial.add(tables)  # refuses here, before any shard has heard of it
-        self._control_all("create_tables", {"tables": [t.model_dump() for t in tables]})
+        self.control_all("create_tables", {"tables": [t.model_dump() for t in tables]})
         self.layout.add(tables)
 
     def begin(self, generation: int, workers: int, step: int) -> None:
-        self._control_all("begin", {"generation": generation, "workers": workers, "step": step})
+        arguments = {"generation": generation, "workers": workers, "step": step}
+        self._when_free(lambda: self.control_all("begin", arguments))
 
     def reset(self) -> None:
-        self._control_all("reset", {})
+        self._when_free(lambda: self.control_all("reset", {"epoch": self.block_map.epoch}))
 
     def pull(self, parts: Sequence[RowSet], clock: Clock | None = None) -> Future[list[np.ndarray]]:
         self.counters.pulls += 1
@@ -163,49 +170,57 @@ class ShardedStore(Store):
     ) -> None:
         if operation.future.done():
             return
-        if newer is not None and newer.epoch > self.block_map.epoch:
-            self._adopt(newer)
+        if newer is not None:
+            self.adopt(newer)
         if isinstance(answer, ConnectionError) or (isinstance(answer, Refusal) and answer.code == LATER):
-            self.counters.retries += 1
+            self.counters.add("retries", 1)
             self._look_for_map()
-            self._timer.later(RETRY_SECONDS, partial(self._repeat, operation, shard, shares))
+            self._timer.later(RETRY_SECONDS, partial(self._recall, operation, shard, shares))
             return
         if isinstance(answer, Refusal):
             operation.fail(_refused(self.block_map.addresses[shard], answer))
             return
         if moved := operation.accept(shares, answer):
-            self.counters.moved += sum(len(share.rows.blocks) for share in moved)
-            self._redirect(operation, shard, moved)
+            self.counters.add("moved", sum(len(share.rows.blocks) for share in moved))
+            self._reroute(operation, moved, shard)
+        if isinstance(operation, Push):
+            self._tell_new_shards(operation)
+        self._settle(operation, shard)
+
+    def _settle(self, operation: Operation, shard: int) -> None:
         if operation.answered(shard):
             operation.succeed()
 
-    def _repeat(self, operation: Operation, shard: int, shares: list[Share]) -> None:
-        """The same call again, at the shard's address of now; to the new owners if the shard is no more."""
-        if shard < self.shards:
-            self._recall(operation, shard, shares)
-            return
-        self._redirect(operation, shard, shares)
-        if operation.answered(shard):
-            operation.succeed()
-
-    def _redirect(self, operation: Operation, refused_by: int, moved: list[Share]) -> None:
-        by_owner: dict[int, list[Share]] = {}
-        for share in moved:
-            owner = self.block_map.owners[share.rows.blocks]
-            for shard in np.unique(owner).tolist():
-                by_owner.setdefault(shard, []).append(share.select(owner == shard))
+    def _reroute(self, operation: Operation, shares: list[Share], refused_by: int) -> None:
+        """Sends shares that `refused_by` did not take to those who own their blocks now."""
+        by_owner = regroup(shares, self.block_map.owners)
         operation.sent(list(by_owner))
-        for shard, shares in by_owner.items():
+        for shard, theirs in by_owner.items():
             # Told to go back to the shard that refused: nobody has told us of the new owner yet.
             delay = RETRY_SECONDS if shard == refused_by else 0.0
-            self._timer.later(delay, partial(self._recall, operation, shard, shares))
+            self._timer.later(delay, partial(self._recall, operation, shard, theirs))
 
     def _recall(self, operation: Operation, shard: int, shares: list[Share]) -> None:
-        if not operation.future.done():
+        if operation.future.done():
+            return
+        if shard < self.shards:
             self._call(operation, shard, shares)
+            return
+        self._reroute(operation, shares, shard)  # the shard has left the store meanwhile
+        self._settle(operation, shard)
 
-    def _adopt(self, newer: BlockMap) -> None:
-        self.block_map = newer
+    def _tell_new_shards(self, push: Push) -> None:
+        """A shard that joined while a push was under way hears of it, too: it keeps every rank's clock."""
+        if push.clock is None:
+            return
+        for shard in push.not_told(self.shards):
+            push.sent([shard])
+            self._timer.later(0.0, partial(self._recall, push, shard, []))
+
+    def adopt(self, newer: BlockMap) -> None:
+        with self._adopting:
+            if newer.epoch > self.block_map.epoch:
+                self.block_map = newer
 
     def _look_for_map(self) -> None:
         if time.monotonic() < self._next_find:
@@ -214,8 +229,8 @@ class ShardedStore(Store):
 
         def find() -> None:
             newer = self._find_map()
-            if newer is not None and newer.epoch > self.block_map.epoch:
-                self._adopt(newer)
+            if newer is not None:
+                self.adopt(newer)
 
         with suppress(RuntimeError):  # the store is being closed
             self._background.submit(find)
@@ -228,12 +243,12 @@ class ShardedStore(Store):
         tensors: Mapping[str, np.ndarray] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> Future[dict[str, Any]]:
-        cuts = self._control_all("mark", {})
+        cuts = self._when_free(lambda: self.control_all("mark", {"epoch": self.block_map.epoch}))
         dense = {name: np.array(tensor) for name, tensor in (tensors or {}).items()}
 
         def write() -> dict[str, Any]:
             calls = [
-                self._background.submit(self._control, shard, "write", {"cut": cut, "directory": directory})
+                self._background.submit(self.control, shard, "write", {"cut": cut, "directory": directory})
                 for shard, cut in enumerate(cuts)
             ]
             try:
@@ -254,16 +269,39 @@ class ShardedStore(Store):
         threading.Thread(target=run, name="checkpoint", daemon=True).start()
         return done
 
+    def _load(self, arguments: dict[str, Any]) -> None:
+        """Every shard verifies before any changes a row; again from the start if blocks change hands meanwhile."""
+        arguments = {**arguments, "epoch": self.block_map.epoch}
+        self.control_all("check_load", arguments)
+        self.control_all("load", arguments)
+
+    def _when_free(self, action: Callable[[], T]) -> T:
+        """Repeats what a shard is too busy for, until this store's timeout."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                return action()
+            except BusyError as error:
+                if time.monotonic() > deadline:
+                    raise StoreTimeout(f"after {self.timeout:g} s still: {error}") from error
+                self._learn_map()
+                time.sleep(RETRY_SECONDS)
+
+    def _learn_map(self) -> None:
+        """Takes over the newest map that a shard tells of."""
+        described = self.control(0, "describe", {})
+        owners = np.array(described["owners"], np.uint16)
+        self.adopt(BlockMap(described["epoch"], owners, tuple(described["addresses"])))
+
     def load(self, directory: str, tables: Mapping[str, str] | None = None) -> dict[str, Any]:
         names = dict(tables) if tables is not None else {table.name: table.name for table in self.layout.tables}
         manifest = checkpoint.read_manifest(directory)
         arguments = {"directory": directory, "tables": names}
-        self._control_all("check_load", arguments)  # every shard verifies before any shard changes a row
-        self._control_all("load", arguments)
+        self._when_free(lambda: self._load(arguments))
         return manifest.model_dump()
 
     def statistics(self) -> list[dict[str, Any]]:
-        return self._control_all("statistics", {})
+        return self.control_all("statistics", {})
 
     def close(self) -> None:
         self._timer.close()

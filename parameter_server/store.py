@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,6 +34,10 @@ class FencedError(StoreError):
 
 class ShardUnavailable(StoreError):
     """A shard cannot be reached; nothing of the call was done, or nobody knows."""
+
+
+class BusyError(StoreError):
+    """Something under way on a shard excludes this for a moment (a block that moves, a cut): try again."""
 
 
 class StoreTimeout(StoreError):
@@ -76,6 +81,14 @@ class Counters:
     wire_bytes: int = 0
     moved: int = 0
     retries: int = 0
+
+    def __post_init__(self) -> None:
+        self._lock = Lock()
+
+    def add(self, name: str, amount: int) -> None:
+        """Counts from any thread."""
+        with self._lock:
+            setattr(self, name, getattr(self, name) + amount)
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

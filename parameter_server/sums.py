@@ -1,4 +1,4 @@
-"""The sum of several pushes of one step, in a fixed order."""
+"""What of pushes is applied, and the sum of several pushes of one step, in a fixed order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .requests import BlockStatus, RowSet
 from .row_kernels import add_rows
 from .validation import readable
 
@@ -31,3 +32,13 @@ def sum_pushes(contributions: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[
     for index, grads in contributions:
         count = add_rows(slots, index, grads, merged, sums, count)
     return readable(merged[:count]), readable(sums[:count])
+
+
+def accepted(part: RowSet, grads: np.ndarray, statuses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and gradients of those blocks whose status (uint8 [blocks]) says that their part is new."""
+    found = statuses[part.blocks]
+    if not found.any():  # zero is APPLIED
+        return part.index, grads
+    keep = found == BlockStatus.APPLIED
+    selected, rows = part.select(keep)
+    return readable(selected.index), readable(grads[rows])

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 DEFAULT_BLOCKS = 256
 MIN_BLOCKS_PER_SHARD = 10
+MAX_SHARDS = 65536 // MIN_BLOCKS_PER_SHARD
 
 
 class TableError(ValueError):

@@ -44,6 +44,11 @@ class ShardStub:
                 request_serializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.ControlRequest.SerializeToString,
                 response_deserializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.ControlReply.FromString,
                 _registered_method=True)
+        self.Transfer = channel.unary_stream(
+                '/embershard.v1.Shard/Transfer',
+                request_serializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.TransferRequest.SerializeToString,
+                response_deserializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.Frame.FromString,
+                _registered_method=True)
 
 
 class ShardServicer:
@@ -64,6 +69,14 @@ class ShardServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Transfer(self, request, context):
+        """A block on its way to the shard that asks: its rows as they are now, or those that changed since the last time. One
+        call's frames; the header is a TransferHeader.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +89,11 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Control,
                     request_deserializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.ControlRequest.FromString,
                     response_serializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.ControlReply.SerializeToString,
+            ),
+            'Transfer': grpc.unary_stream_rpc_method_handler(
+                    servicer.Transfer,
+                    request_deserializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.TransferRequest.FromString,
+                    response_serializer=embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.Frame.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +150,33 @@ class Shard:
             '/embershard.v1.Shard/Control',
             embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.ControlRequest.SerializeToString,
             embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.ControlReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Transfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/embershard.v1.Shard/Transfer',
+            embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.TransferRequest.SerializeToString,
+            embershard_dot_parameter__server_dot_protocol_dot_shard__pb2.Frame.FromString,
             options,
             channel_credentials,
             insecure,

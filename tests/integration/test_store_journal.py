@@ -59,7 +59,7 @@ class Scenario:
         return int((self.store.pull([part]).result()[0][inverse] != self.model).any(axis=1).sum())
 
     def arm(self, points: str) -> None:
-        self.store._control(0, "arm", {"points": points})
+        self.store.control(0, "arm", {"points": points})
 
     def restart(self) -> dict:
         """The shard again, where its folder is; the client is told nothing."""

@@ -1,0 +1,240 @@
+"""Moving blocks between shards: which ones, and what is asked of whom in which order. Pure; no I/O.
+
+`Migration` moves one group of blocks. Whoever drives it performs `calls()`, all of them side by side, and tells it what
+came of them; the next `calls()` follow from that. Until the new block map is committed everything can be undone, from
+then on everything is repeated until it succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from ..parameter_server.blocks import BlockMap
+
+SETTLE_SECONDS = 20.0  # for the workers to finish the steps that they have begun
+HOLD_SECONDS = 60.0  # after which shards answer again by themselves
+
+
+@dataclass(frozen=True)
+class Move:
+    """One block's way."""
+
+    block: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One administrative call to a shard."""
+
+    shard: int
+    method: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """To be written where it survives the coordinator, before anybody is told of it."""
+
+    block_map: BlockMap
+
+
+class Phase(Enum):
+    """What `calls()` asks for. Up to COMMIT a failure leads to CANCEL; after it, to the same calls again."""
+
+    COPY = "copy"
+    CATCH_UP = "catch up"
+    HOLD = "hold pulls"
+    SETTLE = "settle"
+    FINISH = "seal and finish"
+    COMMIT = "commit"
+    BEGIN = "begin"
+    ANNOUNCE_TO_TARGETS = "announce to targets"
+    ANNOUNCE = "announce"
+    CANCEL = "cancel"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+_ORDER: list[Phase] = [p for p in Phase if p not in (Phase.CANCEL, Phase.CANCELLED)]
+_CANCEL_ORDER: list[Phase] = [Phase.CANCEL, Phase.CANCELLED]
+
+
+def plan_moves(owners: np.ndarray, shards: int, load: np.ndarray) -> list[Move]:
+    """The fewest moves after which `shards` shards own equally many blocks (but for one) and bear about the same load.
+
+    owners: uint16 [blocks]; load: float [blocks], bytes and traffic of each block on any scale. All blocks hold the
+    same share of every table, so equal numbers are equal bytes; which ones move follows from their load.
+    """
+    blocks = len(owners)
+    had = np.bincount(owners, minlength=shards)
+    quota = _quotas(had[:shards], blocks)
+    staying = [np.flatnonzero(owners == shard) for shard in range(shards)]
+    share = float(load.sum()) / shards
+    moves: list[Move] = []
+    moving: list[tuple[int, int]] = [(int(b), int(owners[b])) for b in np.flatnonzero(owners >= shards)]
+    for shard in range(shards):
+        kept, left = _keep(staying[shard], int(quota[shard]), load, share)
+        staying[shard] = kept
+        moving += [(int(block), shard) for block in left]
+    borne = np.array([load[kept].sum() for kept in staying])
+    room = quota - np.array([len(kept) for kept in staying])
+    for block, source in sorted(moving, key=lambda move: (-load[move[0]], move[0])):
+        target = int(np.where(room > 0, borne, np.inf).argmin())  # the heaviest first, to whoever bears least
+        moves.append(Move(block, source, target))
+        borne[target] += load[block]
+        room[target] -= 1
+    return sorted(moves, key=lambda move: move.block)
+
+
+def _quotas(had: np.ndarray, blocks: int) -> np.ndarray:
+    """How many blocks each shard is to have; those who have more keep the odd ones."""
+    quota = np.full(len(had), blocks // len(had))
+    quota[np.argsort(-had, kind="stable")[: blocks % len(had)]] += 1
+    return quota
+
+
+def _keep(blocks: np.ndarray, quota: int, load: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Divides a shard's blocks into `quota` that stay, of about the given load, and the others."""
+    if len(blocks) <= quota:
+        return blocks, blocks[:0]
+    ordered = blocks[np.argsort(load[blocks], kind="stable")]
+    sums = np.concatenate([[0.0], np.cumsum(load[ordered])])
+    windows = sums[quota:] - sums[: len(sums) - quota]
+    first = int(np.abs(windows - share).argmin())
+    stays = np.zeros(len(ordered), np.bool_)
+    stays[first : first + quota] = True
+    return ordered[stays], ordered[~stays]
+
+
+class Migration:
+    """One group of moves, from the first copy to the new block map in force.
+
+    block_map: in force now. addresses: of all shards after the move; without moves, more of them (those that join hear
+    of the running generation) or fewer (those that leave own no block any more). catch_up: rounds of changes sent
+    before the blocks are sealed.
+    """
+
+    def __init__(
+        self, block_map: BlockMap, addresses: Sequence[str], moves: Sequence[Move], *, catch_up: int = 1
+    ) -> None:
+        owners = block_map.owners.copy()
+        for move in moves:
+            owners[move.block] = move.target
+        self.before = block_map
+        self.after = BlockMap(block_map.epoch + 1, owners, tuple(addresses))
+        self.moves = list(moves)
+        self.phase = Phase.COPY
+        self.error: Exception | None = None
+        self.copied_bytes = 0
+        self._old = range(len(block_map.addresses))
+        self._joining = range(len(block_map.addresses), len(addresses))
+        self._rounds = catch_up
+        self._step = 0
+        self._generation: dict[str, Any] = {}
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in (Phase.DONE, Phase.CANCELLED)
+
+    @property
+    def committed(self) -> bool:
+        return self.phase in _ORDER[_ORDER.index(Phase.COMMIT) + 1 :]
+
+    @property
+    def cancelling(self) -> bool:
+        return self.phase in _CANCEL_ORDER
+
+    @property
+    def holds(self) -> bool:
+        """Whether pulls are held back, or about to be."""
+        return self.phase in _ORDER[_ORDER.index(Phase.HOLD) : -1]
+
+    def calls(self) -> list[Call | Commit]:
+        """What has to be done now, in any order or side by side."""
+        match self.phase:
+            case Phase.COPY:
+                return self._fetch(changes=False)
+            case Phase.CATCH_UP:
+                return self._fetch(changes=True)
+            case Phase.FINISH:
+                return self._fetch(changes=True, seal=True)
+            case Phase.HOLD:
+                return self._all(self._old, "hold_pulls", after=0, seconds=HOLD_SECONDS)
+            case Phase.SETTLE:
+                return self._all(self._old, "settle", step=self._step, hold=HOLD_SECONDS, seconds=SETTLE_SECONDS)
+            case Phase.COMMIT:
+                return [Commit(self.after)]
+            case Phase.BEGIN:
+                if self._generation["generation"] is None:
+                    return []
+                return self._all(self._joining, "begin", step=self._step, **self._generation)
+            case Phase.ANNOUNCE_TO_TARGETS:
+                return self._all(sorted({move.target for move in self.moves}), "set_block_map", **described(self.after))
+            case Phase.ANNOUNCE:
+                shards = range(max(len(self.before.addresses), len(self.after.addresses)))
+                return self._all(shards, "set_block_map", **described(self.after))
+            case Phase.CANCEL:
+                return self._all(self._old, "cancel_moves")
+        return []
+
+    def succeeded(self, results: Sequence[Any]) -> None:
+        """All calls came back; their results in the order of `calls()`."""
+        match self.phase:
+            case Phase.COPY | Phase.CATCH_UP | Phase.FINISH:
+                self.copied_bytes += sum(results)
+            case Phase.HOLD:
+                self._step = max(results)
+            case Phase.SETTLE:
+                if (problem := self._unsettled(results)) is not None:
+                    self.failed(problem)
+                    return
+                self._generation = {name: results[0][name] for name in ("generation", "workers")}
+        if self.phase == Phase.CATCH_UP and self._rounds > 1:
+            self._rounds -= 1
+            return
+        order = _CANCEL_ORDER if self.phase in _CANCEL_ORDER else _ORDER
+        self.phase = order[order.index(self.phase) + 1]
+
+    def _unsettled(self, results: Sequence[Any]) -> Exception | None:
+        late = [str(shard) for shard, result in zip(self._old, results, strict=True) if not result["settled"]]
+        if late:
+            return TimeoutError(
+                f"shard {', '.join(late)} still waits for pushes up to step {self._step} after {SETTLE_SECONDS:g} s"
+            )
+        if len({result["generation"] for result in results}) > 1:
+            return InterruptedError("the workers are being started anew")
+        return None
+
+    def failed(self, error: Exception) -> None:
+        """A call failed: before the commit that undoes the move, afterwards `calls()` are to be made again."""
+        self.error = error
+        if not self.committed and self.phase not in _CANCEL_ORDER:
+            self.phase = Phase.CANCEL
+
+    def cancel(self) -> bool:
+        """Gives the move up; False if it is too late for that."""
+        if self.committed or self.ended:
+            return False
+        self.failed(InterruptedError("the move was given up"))
+        return True
+
+    def _fetch(self, **what: bool) -> list[Call | Commit]:
+        return [
+            Call(move.target, "fetch_block", {"block": move.block, "source": move.source, **what})
+            for move in self.moves
+        ]
+
+    def _all(self, shards: Sequence[int], method: str, **arguments: Any) -> list[Call | Commit]:
+        return [Call(shard, method, arguments) for shard in shards]
+
+
+def described(block_map: BlockMap) -> dict[str, Any]:
+    """A block map as the arguments of `set_block_map`."""
+    return {"epoch": block_map.epoch, "owners": block_map.owners.tolist(), "addresses": list(block_map.addresses)}
