@@ -47,6 +47,12 @@ class ClusterConfig(BaseModel):
     driver_timeout: float = Field(
         default=30.0, gt=0, description="seconds after which a silent driver is taken for dead"
     )
+    lease: float = Field(
+        default=30.0, ge=5, description="seconds that a shard serves without hearing from the coordinator"
+    )
+    max_restarts: int = Field(
+        default=3, ge=0, description="times the workers of a start may go back to the last checkpoint by themselves"
+    )
 
 
 class RunConfig(BaseModel):

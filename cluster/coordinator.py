@@ -1,102 +1,124 @@
-"""The coordinator of one run: a detached Ray actor that creates shards and ends everything when the driver is gone.
+"""The coordinator of a run: a detached Ray actor that creates and replaces shards, and ends everything with the run.
 
 Detached, because an actor dies with the actor or driver that created it; in a namespace of its own per start of a run,
-so that two runs on one cluster never meet. The driver's `poll` is its heartbeat.
+so that two runs on one cluster never meet. The driver's `poll` is its heartbeat. Ray starts it again when it dies; it
+then goes on with what it had written to `run_state`, and training goes on meanwhile: shards serve until their leases
+end.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from pydantic import SecretStr
-from ray.exceptions import GetTimeoutError, RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..parameter_server.blocks import BlockMap
-from .errors import RunFailed
-from .shard_actor import ShardActor
+from . import run_state
+from .errors import RunFailed, one_line
+from .run_state import RunState, ShardPlan
+from .shard_group import NAME, ShardGroup, end_actor
 from .watchdog import Watchdog
 
-NAME = "coordinator"
 BEAT_SECONDS = 2.0
 MAX_RECORDS = 10_000  # reports kept for a driver that does not fetch them
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """The shards of a run: how many, what each asks of Ray, and how the store is laid out."""
-
-    namespace: str
-    shards: int
-    cpus: float
-    blocks: int
-    seed: int
-    loopback: bool
-    start_timeout: float
-
-
 @dataclass
 class News:
-    """What happened since the last poll. problem: why the run cannot go on."""
+    """What happened since the last poll. problem: why the run cannot go on; the rest counts from the run's start."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
     problem: str | None = None
+    generation: int = 0
+    restarts: int = 0
+    steps_redone: int = 0
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a worker group needs to begin. reached: see `workers.trainer.train`."""
+
+    generation: int
+    addresses: tuple[str, ...]
+    reached: int | None
 
 
 class Coordinator:
-    """Calls come on several threads (max_concurrency): every method is short, but `start`.
+    """Calls come on several threads (max_concurrency); `start` and `join` take as long as shards need to come up.
 
     token: of the shards' ports. An argument of the actor, so that it reaches shards and workers through Ray's own
     channel and stands in no file.
     """
 
-    def __init__(self, driver_timeout: float, token: SecretStr) -> None:
+    def __init__(self, namespace: str, driver_timeout: float, token: SecretStr) -> None:
+        self._namespace = namespace
         self._driver_timeout = driver_timeout
         self._token = token
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the records and the counts of the state
+        self._changing = threading.RLock()  # held by whoever replaces shards or changes the block map
         self._records: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._problem: str | None = None
-        self._stop = False
         self._ended = threading.Event()
-        self._group: PlacementGroup | None = None
-        self._shards: list[Any] = []
+        self._repairing = False
+        self._group: ShardGroup | None = None
+        self._state = run_state.load(namespace)
         self._watchdog = Watchdog(driver_timeout, self._driver_is_gone, name="driver-watchdog")
+        if self._state is not None:
+            self._group = ShardGroup(self._state, self._orphan_timeout(self._state.plan), token)
+            self._repair(self._take_up)
+            threading.Thread(target=self._watch, name="shard-watch", daemon=True).start()
 
     def start(self, plan: ShardPlan) -> tuple[str, ...]:
         """Creates the shards, spread over the nodes, and gives them their blocks; returns their gRPC addresses.
+
+        A second call, of a driver that did not hear the answer to the first, finds them there.
 
         Raises:
             RunFailed: Ray cannot place or start them within `plan.start_timeout` seconds.
             TableError: more shards than the store's blocks can serve.
         """
-        block_map = BlockMap.initial(plan.blocks, ("",) * plan.shards)
-        self._group = placement_group(
-            [{"CPU": plan.cpus}] * plan.shards, strategy="SPREAD", lifetime="detached", name=plan.namespace
-        )
-        if not self._group.wait(plan.start_timeout):
-            raise RunFailed(
-                f"cluster: {plan.shards} shards ask for {plan.cpus:g} CPUs each, and the cluster has "
-                f"{_free('CPU')} CPUs free; after {plan.start_timeout:g} s they were still not there: lower "
-                f"cluster.shards or cluster.shard_cpus, or raise cluster.start_timeout"
-            )
-        self._shards = [self._create(plan, number) for number in range(plan.shards)]
+        with self._changing:
+            if self._state is None:
+                state, group = ShardGroup.create(plan, self._orphan_timeout(plan), self._token)
+                state.save()
+                group.announce(state.block_map)
+                self._state, self._group = state, group
+                threading.Thread(target=self._watch, name="shard-watch", daemon=True).start()
+            return self._state.block_map.addresses
+
+    def join(self) -> Assignment:
+        """A worker group begins, and every older one is over: rank 0 calls this once, when its processes are there.
+
+        Raises:
+            RunFailed: shards are still missing after `start_timeout` seconds.
+        """
+        state = self._running()
+        if not self._changing.acquire(timeout=2 * state.plan.start_timeout):
+            raise RunFailed("the shards are still being replaced; raise cluster.start_timeout")
         try:
-            addresses = tuple(ray.get([shard.address.remote() for shard in self._shards], timeout=plan.start_timeout))
-        except GetTimeoutError:
-            raise RunFailed(
-                f"cluster: not every shard started within {plan.start_timeout:g} s; raise cluster.start_timeout"
-            ) from None
-        block_map = BlockMap(block_map.epoch, block_map.owners, addresses)
-        ray.get([shard.set_block_map.remote(block_map) for shard in self._shards])
-        threading.Thread(target=self._watch_shards, name="shard-watch", daemon=True).start()
-        return addresses
+            assert self._group is not None
+            self._saw(self._group.pulses())
+            with self._lock:
+                again = state.joined
+                state.generation += again
+                state.restarts += again
+                state.joined = True
+                state.save()
+                return Assignment(state.generation, state.block_map.addresses, state.reached if again else None)
+        finally:
+            self._changing.release()
+
+    def block_map(self) -> BlockMap:
+        """The present one, for workers that do not reach a shard."""
+        return self._running().block_map
 
     def token(self) -> SecretStr:
         """What the shards ask of every call."""
@@ -108,66 +130,156 @@ class Coordinator:
         with self._lock:
             records = list(self._records)
             self._records.clear()
-        return News(records, self._problem)
+            if (state := self._state) is None:
+                return News(records, self._problem)
+            return News(records, self._problem, state.generation, state.restarts, state.steps_redone)
 
     def report(self, record: Mapping[str, Any]) -> None:
-        """A record of a worker, for the driver."""
+        """A record of a worker, for the driver; one of an older generation is dropped."""
         with self._lock:
-            self._records.append(dict(record))
+            state = self._state
+            if state is not None and record.get("generation", state.generation) == state.generation:
+                self._records.append(dict(record))
+                if "steps_redone" in record:
+                    state.steps_redone += record["steps_redone"]
+                    state.reached = 0
+                    state.save()
+                state.reached = max(state.reached, record.get("step", 0))
 
     def request_stop(self) -> None:
         """Asks the workers to stop at the next step boundary."""
-        self._stop = True
+        with self._lock:
+            state = self._running()
+            state.stop = True
+            state.save()
 
     def stop_requested(self) -> bool:
-        return self._stop
+        return self._state is not None and self._state.stop
 
     def end(self) -> None:
         """Ends the shards and gives back their place; the caller then ends this actor."""
         self._ended.set()
         self._watchdog.stop()
-        for shard in self._shards:
-            ray.kill(shard)
         if self._group is not None:
-            remove_placement_group(self._group)
+            self._group.end()
+        run_state.forget(self._namespace)
 
-    def _create(self, plan: ShardPlan, number: int) -> Any:
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
-        actor = ray.remote(ShardActor).options(
-            name=shard_name(number), lifetime="detached", num_cpus=plan.cpus, max_restarts=0, scheduling_strategy=place
-        )
-        # Longer than the coordinator waits for the driver: only a coordinator that died itself is noticed here.
-        orphan_timeout = 2 * self._driver_timeout + plan.start_timeout
-        return actor.remote(
-            number,
-            plan.blocks,
-            plan.seed,
-            loopback=plan.loopback,
-            orphan_timeout=orphan_timeout,
-            token=self._token,
-        )
+    def _orphan_timeout(self, plan: ShardPlan) -> float:
+        # Longer than the coordinator waits for the driver: only a coordinator that never came back is noticed there.
+        return 2 * self._driver_timeout + plan.start_timeout
 
-    def _watch_shards(self) -> None:
+    def _running(self) -> RunState:
+        if self._state is None:
+            raise RunFailed("the run has not begun, or has ended")
+        return self._state
+
+    def _note(self, text: str) -> None:
+        with self._lock:
+            self._records.append({"note": text})
+
+    def _saw(self, pulses: list[Any]) -> None:
+        """Keeps how far the present generation has come."""
+        with self._lock:
+            state = self._running()
+            steps = [pulse.step for pulse in pulses if pulse.generation == state.generation]
+            state.reached = max([state.reached, *steps])
+
+    def _watch(self) -> None:
+        group = self._group
+        assert group is not None
         while not self._ended.wait(BEAT_SECONDS):
-            calls = [shard.beat.remote() for shard in self._shards]
-            for number, call in enumerate(calls):
-                try:
-                    ray.get(call, timeout=BEAT_SECONDS)
-                except GetTimeoutError:
-                    continue  # slow is not dead; pulls have their own deadline
-                except RayActorError as error:
-                    if not self._ended.is_set():
-                        self._problem = f"shard {number} died: {' '.join(str(error).split())[:300]}"
+            try:
+                self._saw(group.beat(BEAT_SECONDS))
+                if not self._repairing and group.lost():
+                    self._repair(self._replace)
+            except Exception as error:  # the cluster's head may be gone for a moment; without beats leases would end
+                self._note(f"the shards could not be looked after: {one_line(error)}")
+
+    def _repair(self, work: Callable[[], None]) -> None:
+        """Beats go on while shards are replaced: on a thread of its own, one at a time."""
+        self._repairing = True
+
+        def run() -> None:
+            try:
+                with self._changing:
+                    work()
+            except Exception as error:
+                self._problem = one_line(error)
+            finally:
+                self._repairing = False
+
+        threading.Thread(target=run, name="repair", daemon=True).start()
+
+    def _take_up(self) -> None:
+        """After a restart of the coordinator: the shards are there, unless they died meanwhile."""
+        state, group = self._running(), self._group
+        assert group is not None
+        group.take_up()
+        if state.broken is not None:
+            self._begin_afresh(state.broken)
+        else:
+            group.announce(state.block_map)
+        self._note("the coordinator died and is back")
+
+    def _replace(self) -> None:
+        """A shard with a journal comes back with everything acknowledged; without one, the whole run goes back."""
+        state, group = self._running(), self._group
+        assert group is not None
+        for number, why in group.lost().items():
+            if self._ended.is_set():
+                return
+            if state.plan.journal is None:
+                self._begin_afresh(f"shard {number} {why}")
+                return
+            self._note(f"shard {number} {why}; starting it again with its journal")
+            began = time.monotonic()
+            if (missing := group.replace(number)) is not None:
+                self._begin_afresh(f"shard {number} {why}, and came back without what it held: {missing}")
+                return
+            self._settle()
+            self._note(f"shard {number} is back after {time.monotonic() - began:.0f} s; nothing acknowledged is lost")
+
+    def _settle(self) -> None:
+        """A shard that came back listens elsewhere, perhaps, and may have missed a block map."""
+        state, group = self._running(), self._group
+        assert group is not None
+        block_map, addresses = state.block_map, group.addresses()
+        if addresses != block_map.addresses:
+            self._commit(BlockMap(block_map.epoch + 1, block_map.owners, addresses))
+        else:
+            group.announce(block_map)
+
+    def _begin_afresh(self, why: str) -> None:
+        """All shards anew and empty: the workers find no generation there, begin again and load the checkpoint."""
+        state, group = self._running(), self._group
+        assert group is not None
+        if state.restarts >= state.plan.max_restarts:
+            self._problem = why
+            return
+        began = time.monotonic()
+        self._saw(group.pulses())
+        with self._lock:
+            state.broken = why
+            state.save()
+        self._note(f"{why}: its rows are lost; all shards begin afresh, and training goes back to the last checkpoint")
+        group.replace_all()
+        addresses = group.addresses()
+        initial = BlockMap.initial(state.plan.blocks, addresses)
+        self._commit(BlockMap(state.block_map.epoch + 1, initial.owners, addresses))
+        self._note(f"{len(addresses)} shards up again after {time.monotonic() - began:.0f} s")
+
+    def _commit(self, block_map: BlockMap) -> None:
+        """Written where it survives this process, then announced. `_changing` is held."""
+        state, group = self._running(), self._group
+        assert group is not None
+        with self._lock:
+            state.block_map, state.broken = block_map, None
+            state.save()
+        group.announce(block_map)
 
     def _driver_is_gone(self) -> None:
         self.end()
+        with suppress(ValueError):
+            end_actor(ray.get_actor(NAME, namespace=self._namespace))  # for good: Ray would start it again otherwise
+            time.sleep(10.0)
         os._exit(0)
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number}"
-
-
-def _free(resource: str) -> str:
-    free = ray.available_resources().get(resource, 0.0)
-    return f"{free:g} of {ray.cluster_resources().get(resource, 0.0):g}"

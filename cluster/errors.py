@@ -47,7 +47,12 @@ def is_user_error(error: BaseException) -> bool:
     """True for errors that the user's files, flags or configuration caused, wherever in embershard they were raised."""
     if isinstance(error, RunFailed):
         return error.user_error
-    return any(c.__name__ in _USER_ERRORS and c.__module__.startswith("embershard.") for c in type(error).__mro__)
+    return _is_named(error, _USER_ERRORS)
+
+
+def is_final(error: BaseException) -> bool:
+    """True for errors that would come again: the user's input, and gradients that are not finite."""
+    return is_user_error(error) or _is_named(error, {"GradientError"})
 
 
 def exit_code(error: BaseException) -> ExitCode:
@@ -80,11 +85,15 @@ def _inside(error: BaseException) -> BaseException | None:
         causes = [root_cause(failure) for failure in failures.values()]
         # When one rank fails, its peers fail too, with broken connections: ours says more.
         return next((cause for cause in causes if _is_ours(cause)), causes[0])
-    for wrapper in ("controller_failure", "_base_exc", "cause"):
+    for wrapper in ("controller_failure", "health_check_failure", "_base_exc", "cause"):
         inner = getattr(error, wrapper, None)
         if isinstance(inner, BaseException):
             return inner
     return None
+
+
+def _is_named(error: BaseException, names: set[str]) -> bool:
+    return any(c.__name__ in names and c.__module__.startswith("embershard.") for c in type(error).__mro__)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -7,27 +7,29 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 import ray
 from pydantic import SecretStr
-from ray import PlacementGroupID
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from ..parameter_server.security import Security, run_token
+from . import run_state
+from .calls import CONTROL_SECONDS, ask
 from .config import RunConfig
-from .coordinator import NAME, Coordinator, News, ShardPlan
+from .coordinator import Coordinator, News
 from .errors import RUN_THREAD, RunFailed, RunInterrupted, is_user_error, one_line, root_cause
 from .interrupt import Interrupt, interrupts
 from .preparation import prepare
 from .progress import ProgressReporter
 from .ray_session import ray_session
 from .run_folder import RunFolder, read_run
+from .run_state import ShardPlan
+from .shard_group import NAME, end_named
 
 POLL_SECONDS = 0.5
-CONTROL_SECONDS = 30.0  # for one small call to the coordinator
 
 
 class Trainer:
@@ -89,17 +91,14 @@ class _Members:
         self.coordinator: Any = (
             ray.remote(Coordinator)
             .options(
-                name=NAME, namespace=namespace, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=16
+                name=NAME, namespace=namespace, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=16
             )
-            .remote(driver_timeout, token)
+            .remote(namespace, driver_timeout, token)
         )
 
     def poll(self) -> News:
-        """Raises RunFailed when the coordinator is gone."""
-        try:
-            news: News = ray.get(self.coordinator.poll.remote(), timeout=CONTROL_SECONDS)
-        except RayError as error:
-            raise RunFailed(f"the coordinator does not answer: {one_line(error)}") from error
+        """Raises RunFailed when the coordinator is gone and does not come back."""
+        news: News = ask(self.coordinator, "poll")
         return news
 
     def end(self) -> None:
@@ -125,9 +124,11 @@ class _Session:
         self.folder.update(status="running", shards=list(addresses))
         namespace = self.members.namespace
         summary: dict[str, Any] = self._in_background(
-            lambda: _worker_group().start_workers(self.config, self.folder, namespace, addresses), self._ask_to_stop
+            lambda: _worker_group().start_workers(self.config, self.folder, namespace), self._ask_to_stop
         )
-        summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary
+        news = self.members.poll()
+        again = {"restarts": news.restarts, "steps_redone": news.steps_redone}
+        summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary | again
         if self.interrupt.asked and summary.get("stopped"):
             raise RunInterrupted(
                 f"stopped at step {summary['steps']}; go on with: embershard train {self.folder.path} --resume"
@@ -135,27 +136,42 @@ class _Session:
         return summary
 
     def _start_shards(self) -> tuple[str, ...]:
-        cluster = self.config.cluster
+        cluster, store = self.config.cluster, self.config.store
         plan = ShardPlan(
             namespace=self.members.namespace,
             shards=cluster.shards,
             cpus=cluster.shard_cpus,
-            blocks=self.config.store.blocks,
+            blocks=store.blocks,
             seed=self.config.seed,
             loopback=cluster.address is None and len(ray.nodes()) == 1,
             start_timeout=cluster.start_timeout,
+            generation=self.folder.generation,
+            lease=cluster.lease,
+            max_restarts=cluster.max_restarts,
+            journal=self._journal_folder(),
+            journal_bytes=store.journal_bytes,
+            memory_bytes=store.memory_bytes,
         )
+
+        waits = 3 * cluster.start_timeout  # for a place, for the shards, and once more if the coordinator dies
 
         def give_up() -> None:
             raise RunInterrupted("stopped before the first step; nothing was trained")
 
         def start() -> tuple[str, ...]:
-            addresses = self.members.coordinator.start.remote(plan)
-            _worker_group()  # meanwhile
-            return cast("tuple[str, ...]", ray.get(addresses))
+            threading.Thread(target=_worker_group, daemon=True).start()  # meanwhile
+            return cast("tuple[str, ...]", ask(self.members.coordinator, "start", plan, within=CONTROL_SECONDS + waits))
 
         addresses: tuple[str, ...] = self._in_background(start, give_up)
         return addresses
+
+    def _journal_folder(self) -> str | None:
+        store = self.config.store
+        if store.durability == "none":
+            return None
+        return str(
+            Path(store.journal_dir).expanduser().resolve() if store.journal_dir else self.folder.path / "journal"
+        )
 
     def _in_background(self, work: Callable[[], Any], on_interrupt: Callable[[], None]) -> Any:
         """Runs `work` on a thread while this one polls the coordinator, writes its records and hears Ctrl-C.
@@ -187,9 +203,10 @@ class _Session:
 
     def _ask_to_stop(self) -> None:
         self.progress.note("stopping at the next step boundary and writing a checkpoint (Ctrl-C again: end at once)")
-        ray.get(self.members.coordinator.request_stop.remote(), timeout=CONTROL_SECONDS)
+        ask(self.members.coordinator, "request_stop")
 
     def _take(self, news: News) -> None:
+        self.folder.begin_generation(news.generation)
         for record in news.records:
             if note := record.get("note"):
                 self.progress.note(str(note))
@@ -228,10 +245,5 @@ def _end_namespace(namespace: str) -> None:
     """Ends coordinator, shards and placement group of one start, whichever of them are left."""
     with suppress(ValueError, RayError):  # it is not there, or does not answer: the rest is found by name
         ray.get(ray.get_actor(NAME, namespace=namespace).end.remote(), timeout=CONTROL_SECONDS)
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == namespace:
-            with suppress(ValueError):
-                ray.kill(ray.get_actor(actor["name"], namespace=namespace))
-    for number, group in ray.util.placement_group_table().items():
-        if group["name"] == namespace and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
+    end_named(namespace)
+    run_state.forget(namespace)

@@ -27,7 +27,7 @@ def is_run(path: Path) -> bool:
 
 
 class RunFolder:
-    """The open, locked folder of a run; `generation` counts its starts, from 1."""
+    """The open, locked folder of a run; `generation` counts its starts and restarts, from 1."""
 
     def __init__(self, path: Path, lock: TextIO, record: dict[str, Any]) -> None:
         self.path = path
@@ -89,23 +89,35 @@ class RunFolder:
         self._record.update(fields)
         _write_atomically(self.path / RUN_FILE, json.dumps(self._record, indent=2) + "\n")
 
+    def begin_generation(self, generation: int) -> None:
+        """The workers of this start have begun again, as generation `generation`."""
+        if generation > self.generation:
+            self.update(generation=generation)
+
     def save_config(self, text: str) -> None:
         _write_atomically(self.path / CONFIG_FILE, text)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and a TensorBoard scalar for each number in it, at its `step`."""
+        """One line of metrics.jsonl, and a TensorBoard scalar for each number in it, at its `step`.
+
+        After one with `steps_redone`, TensorBoard shows nothing any more of the steps that are done again.
+        """
         if self._metrics is None:
             self._metrics = (self.path / METRICS_FILE).open("a", encoding="utf-8")
         self._metrics.write(
             json.dumps({"time": round(time.time(), 3), "generation": self.generation, **metrics}) + "\n"
         )
         self._metrics.flush()
+        step, again = int(metrics.get("step", 0)), "steps_redone" in metrics
+        if again and self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
         if self._tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.path / "tb"), purge_step=int(metrics.get("step", 0)))
+            self._tensorboard = SummaryWriter(str(self.path / "tb"), purge_step=step + again)
         for name, value in _scalars(metrics):
-            self._tensorboard.add_scalar(name, value, int(metrics.get("step", 0)))
+            self._tensorboard.add_scalar(name, value, step)
 
     def close(self, status: str) -> None:
         """Writes the run's last status and lets go of the lock."""
@@ -169,11 +181,14 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+_NO_SCALARS = {"step", "generation"}
+
+
 def _scalars(metrics: Mapping[str, Any], above: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             found += _scalars(value, f"{above}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (above or name != "step"):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (above or name not in _NO_SCALARS):
             found.append((above + name, float(value)))
     return found

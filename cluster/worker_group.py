@@ -14,6 +14,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from .config import ClusterConfig, RunConfig
 from .errors import RunFailed
+from .restarts import RestartPolicy, lacks_room
 from .run_folder import RunFolder
 from .worker_loop import run_worker
 
@@ -23,19 +24,27 @@ _UNUSED_CALLBACKS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
 class _WorkerTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-    """TorchTrainer without the helpers that a run has no use for; a Ray that names them otherwise starts them."""
+    """TorchTrainer with our failure policy, and without the helpers that a run has no use for.
+
+    A Ray that names those otherwise starts them; one that is built otherwise retries what is final, too.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()
         return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
 
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        limit = self.run_config.failure_config.max_failures
+        return super()._initialize_and_run_controller(**parts | {"failure_policy": RestartPolicy(limit)})
 
-def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresses: tuple[str, ...]) -> dict[str, Any]:
+
+def start_workers(config: RunConfig, folder: RunFolder, namespace: str) -> dict[str, Any]:
     """Trains to the end and returns rank 0's summary. Not on the main thread: Ray Train would take SIGINT there.
 
     Raises:
         RunFailed: the cluster has no room for the workers.
-        ray.train.WorkerGroupError: a worker failed; `errors.root_cause` has the cause.
+        ray.train.WorkerGroupError: a worker failed once more than `cluster.max_restarts`, or for a reason that would
+            come again; `errors.root_cause` has the cause.
     """
     cluster = config.cluster
     per_worker = {"CPU": cluster.worker_cpus} | ({"GPU": 1.0} if _use_gpu(cluster) else {})
@@ -44,10 +53,9 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresse
         train_loop_config={
             "job": config.job(),
             "namespace": namespace,
-            "addresses": list(addresses),
             "blocks": config.store.blocks,
             "timeout": config.store.timeout,
-            "generation": folder.generation,
+            "start_timeout": cluster.start_timeout,
             "checkpoints": str(folder.checkpoints),
         },
         scaling_config=ScalingConfig(
@@ -56,7 +64,7 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresse
         run_config=RayRunConfig(
             name=f"generation-{folder.generation}",
             storage_path=str(Path(folder.logs, "ray_train")),  # Ray's default would litter ~/ray_results
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=cluster.max_restarts),
             logging_config=LoggingConfig(log_level="ERROR"),
             worker_runtime_env={"env_vars": _thread_settings()},
         ),
@@ -64,7 +72,7 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str, addresse
     try:
         summary: dict[str, Any] = trainer.fit().return_value
     except Exception as error:
-        if _lacks_room(error):
+        if lacks_room(error):
             raise RunFailed(_no_room(cluster, per_worker)) from error
         raise
     return summary
@@ -83,11 +91,6 @@ def _use_gpu(cluster: ClusterConfig) -> bool:
     if cluster.gpus == "auto":
         return bool(ray.cluster_resources().get("GPU", 0) >= cluster.workers)
     return cluster.gpus
-
-
-def _lacks_room(error: BaseException) -> bool:
-    failure = getattr(error, "controller_failure", error)
-    return type(failure).__name__ in {"WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"}
 
 
 def _no_room(cluster: ClusterConfig, per_worker: dict[str, float]) -> str:

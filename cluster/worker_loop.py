@@ -1,10 +1,11 @@
-"""What each Ray Train worker runs: connects to shards and coordinator, then hands over to `workers.trainer`."""
+"""What each Ray Train worker runs: connects to coordinator and shards, then hands over to `workers.trainer`."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -12,39 +13,56 @@ import ray.train
 import ray.train.torch
 import torch
 from pydantic import SecretStr
+from ray.exceptions import RayError
 
 from ..parameter_server.allocator import keep_freed_memory
+from ..parameter_server.blocks import BlockMap
 from ..parameter_server.store import Store
+from ..workers.group import Group
 from ..workers.job import TrainingJob
 from ..workers.replicated import ReplicatedStore, all_gather_bytes
 from ..workers.trainer import train
-from .coordinator import NAME
+from .calls import CONTROL_SECONDS, ask
+from .coordinator import Assignment
+from .shard_group import NAME
 
 STOP_POLL_SECONDS = 0.5
-CONTROL_SECONDS = 30.0  # for one small call to the coordinator
+FIND_SECONDS = 5.0  # for one answer of the coordinator in the background
 
 
 def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """assignment: job, namespace, addresses of the shards, blocks, timeout, generation, folder of the checkpoints."""
+    """assignment: job, namespace, blocks, timeout, start_timeout, folder of the checkpoints.
+
+    Ray Train runs this once for every incarnation of the group; the coordinator gives each its generation.
+    """
     keep_freed_memory()
     coordinator = ray.get_actor(NAME, namespace=assignment["namespace"])
     context = ray.train.get_context()
     job: TrainingJob = assignment["job"]
     _use_threads(job, context.get_local_world_size())
+    group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    within = CONTROL_SECONDS + 2 * assignment["start_timeout"]
+    joined: Assignment = group.from_first(ask(coordinator, "join", within=within) if group.rank == 0 else None)
+
+    def report(record: dict[str, Any]) -> None:
+        # Fire and forget: training never waits for its own progress line.
+        coordinator.report.remote({"generation": joined.generation, **record})
+
     stop = StopFlag(coordinator)
     # Asked for, not assigned: Ray Train shows the assignment in its dashboard and state files.
-    token = ray.get(coordinator.token.remote(), timeout=CONTROL_SECONDS)
-    with _open_store(job, assignment, context.get_world_size(), token) as store:
+    token = ask(coordinator, "token")
+    with _open_store(job, assignment, joined, coordinator, token, group.workers) as store:
         try:
             return train(
                 job,
                 store,
-                rank=context.get_world_rank(),
-                workers=context.get_world_size(),
-                generation=assignment["generation"],
-                device=ray.train.torch.get_device(),
+                rank=group.rank,
+                workers=group.workers,
+                generation=joined.generation,
+                reached=joined.reached,
+                device=group.device,
                 directory=assignment["checkpoints"],
-                report=coordinator.report.remote,  # fire and forget: training never waits for its own progress line
+                report=report,
                 stop_requested=stop.is_set,
                 wrap=ray.train.torch.prepare_model,
             )
@@ -52,10 +70,25 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
             stop.close()
 
 
-def _open_store(job: TrainingJob, assignment: Mapping[str, Any], workers: int, token: SecretStr) -> Store:
+def _open_store(
+    job: TrainingJob,
+    assignment: Mapping[str, Any],
+    joined: Assignment,
+    coordinator: Any,
+    token: SecretStr,
+    workers: int,
+) -> Store:
     timeout = assignment["timeout"]
+
+    def find_map() -> BlockMap | None:
+        try:
+            block_map: BlockMap = ray.get(coordinator.block_map.remote(), timeout=FIND_SECONDS)
+        except RayError:  # it is restarting itself: asked again soon
+            return None
+        return block_map
+
     if job.embedding.placement == "sharded":
-        return Store.connect(assignment["addresses"], timeout=timeout, token=token)
+        return Store.connect(joined.addresses, timeout=timeout, token=token, find_map=find_map)
     others = {"exchange": all_gather_bytes()} if workers > 1 else {}
     return ReplicatedStore(blocks=assignment["blocks"], seed=job.seed, timeout=timeout, **others)
 
@@ -83,6 +116,7 @@ class StopFlag:
 
     def _poll(self) -> None:
         while not self._closed.wait(STOP_POLL_SECONDS):
-            if ray.get(self._coordinator.stop_requested.remote()):
-                self._stop.set()
-                return
+            with suppress(RayError):  # it is restarting: asked again soon
+                if ray.get(self._coordinator.stop_requested.remote(), timeout=FIND_SECONDS):
+                    self._stop.set()
+                    return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from threading import Lock
@@ -113,16 +113,20 @@ class Store(ABC):
 
     @staticmethod
     def connect(
-        address: str | Sequence[str], *, timeout: float = 60.0, token: str | SecretStr | None = None
+        address: str | Sequence[str],
+        *,
+        timeout: float = 60.0,
+        token: str | SecretStr | None = None,
+        find_map: Callable[[], BlockMap | None] = lambda: None,
     ) -> StoreClient:
         """The store that the shard at `address` ("host:port") belongs to.
 
         token: the run's; by default that of EMBERSHARD_TOKEN or EMBERSHARD_TOKEN_FILE. TLS is used where RAY_USE_TLS
-        says so, with Ray's certificates (docs/security.md).
+        says so, with Ray's certificates (docs/security.md). find_map: see `ShardedStore`.
         """
         from .client import StoreClient
 
-        return StoreClient.connect(address, timeout=timeout, token=token)
+        return StoreClient.connect(address, timeout=timeout, token=token, find_map=find_map)
 
     @abstractmethod
     def create_tables(self, tables: Sequence[TableSpec]) -> None:

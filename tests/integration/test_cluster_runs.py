@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from embershard.cluster.coordinator import Coordinator, ShardPlan
+from embershard.cluster.coordinator import Coordinator
 from embershard.cluster.run_folder import read_metrics, read_run
+from embershard.cluster.run_state import ShardPlan
 from embershard.datasets.synthetic import generate
 from pydantic import SecretStr
 
@@ -153,7 +154,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_neighbour_goes_on(folder:
     step = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
     assert f"step {step};" in err.splitlines()[-1]
 
-    command = Command(folder, "train", "stopped", "--resume", "train.epochs=100000")
+    command = Command(folder, "train", "stopped", "--resume", "train.epochs=100000", "cluster.max_restarts=0")
     wait_until(lambda: not actors_of(killed) and not groups_of(killed))
     command.wait_until(lambda: [m for m in read_metrics(run) if m["generation"] == 2])
     assert next(m["step"] for m in read_metrics(run) if m["generation"] == 2) > step
@@ -169,7 +170,8 @@ def test_no_room_for_the_shards(ray_address: str) -> None:
     """A request that cannot be met ends after the stated wait, with both numbers."""
     import ray
 
-    coordinator = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=4).remote(60.0, SecretStr("t" * 16))
+    coordinator = ray.remote(Coordinator).options(num_cpus=0, max_concurrency=4)
+    coordinator = coordinator.remote("no-room", 60.0, SecretStr("t" * 16))
     plan = ShardPlan("no-room", 2, 50.0, 32, 0, True, 0.5)
     with pytest.raises(Exception, match=r"2 shards ask for 50 CPUs each, and the cluster has .* of 8 CPUs free"):
         ray.get(coordinator.start.remote(plan))

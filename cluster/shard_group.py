@@ -1,0 +1,266 @@
+"""The shards of a run as Ray actors: created, heard, replaced and ended; who decides about it is the coordinator."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from pydantic import SecretStr
+from ray import PlacementGroupID
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..parameter_server.blocks import BlockMap
+from .errors import RunFailed, one_line, root_cause
+from .liveness import Liveness
+from .run_state import Member, RunState, ShardPlan
+from .shard_actor import Pulse, ShardActor, Whereabouts
+
+NAME = "coordinator"
+NAME_SECONDS = 30.0  # for Ray to let go of a dead actor's name
+ATTEMPTS = 3  # to start a shard with its journal
+PULSE_SECONDS = 2.0  # for a last question to shards that may be gone
+
+
+@dataclass
+class _Shard:
+    """One process. beat: the heartbeat that is not answered yet. ended: why, once Ray has said that it ended."""
+
+    actor: Any
+    address: str
+    liveness: Liveness
+    beat: Any = None
+    ended: str | None = None
+
+
+class ShardGroup:
+    """state: whose plan and members this group follows; it changes the members' nodes and nothing else."""
+
+    def __init__(self, state: RunState, orphan_timeout: float, token: SecretStr) -> None:
+        self._state = state
+        self._orphan_timeout = orphan_timeout
+        self._token = token
+        self._shards: list[_Shard | None] = [None] * len(state.members)
+        self._beating = threading.Lock()
+
+    @classmethod
+    def create(cls, plan: ShardPlan, orphan_timeout: float, token: SecretStr) -> tuple[RunState, ShardGroup]:
+        """The first shards of a run. Raises RunFailed, TableError: see `Coordinator.start`."""
+        owners = BlockMap.initial(plan.blocks, ("",) * plan.shards).owners
+        end_named(plan.namespace, but=(NAME,))  # of a coordinator that died while it did this
+        place = placement_group(
+            [{"CPU": plan.cpus}] * plan.shards, strategy="SPREAD", lifetime="detached", name=plan.namespace
+        )
+        if not place.wait(plan.start_timeout):
+            remove_placement_group(place)
+            raise RunFailed(
+                f"cluster: {plan.shards} shards ask for {plan.cpus:g} CPUs each, and the cluster has "
+                f"{_free('CPU')} CPUs free; after {plan.start_timeout:g} s they were still not there: lower "
+                f"cluster.shards or cluster.shard_cpus, or raise cluster.start_timeout"
+            )
+        members = [Member(place.id.hex(), bundle) for bundle in range(plan.shards)]
+        state = RunState(plan, members, BlockMap(0, owners, ()), plan.generation)
+        group = cls(state, orphan_timeout, token)
+        group._start(range(plan.shards))
+        state.block_map = BlockMap(1, owners, group.addresses())
+        return state, group
+
+    def take_up(self) -> None:
+        """Finds the actors that run; those that do not are lost."""
+        plan = self._state.plan
+        found: dict[int, Any] = {}
+        for number in range(len(self._state.members)):
+            with suppress(ValueError):
+                found[number] = ray.get_actor(shard_name(number), namespace=plan.namespace)
+        for number, actor in found.items():
+            # Whatever the last coordinator granted ends within a lease from now.
+            liveness = Liveness(plan.lease, time.monotonic(), 0.0)
+            self._shards[number] = _Shard(actor, self._state.block_map.addresses[number], liveness)
+
+    def addresses(self) -> tuple[str, ...]:
+        """gRPC addresses, by number."""
+        return tuple("" if shard is None else shard.address for shard in self._shards)
+
+    def announce(self, block_map: BlockMap) -> None:
+        """Tells every shard that answers; one that does not is lost, and hears of it when it is replaced."""
+        calls = [shard.actor.set_block_map.remote(block_map) for shard in self._shards if shard is not None]
+        for call in calls:
+            with suppress(RayActorError, GetTimeoutError):
+                ray.get(call, timeout=self._state.plan.start_timeout)
+
+    def beat(self, timeout: float) -> list[Pulse]:
+        """Renews the leases; returns what those shards said that answered within `timeout` seconds."""
+        with self._beating:
+            return self._beat(timeout)
+
+    def _beat(self, timeout: float) -> list[Pulse]:
+        shards = [shard for shard in self._shards if shard is not None and shard.ended is None]
+        for shard in shards:
+            if shard.beat is None:  # no second one behind a beat that a stopped process has not taken yet
+                shard.beat = shard.actor.beat.remote(shard.liveness.grant())
+        if not shards:
+            return []
+        ready, _ = ray.wait([shard.beat for shard in shards], num_returns=len(shards), timeout=timeout)
+        now = time.monotonic()
+        pulses = []
+        for shard in (shard for shard in shards if shard.beat in ready):
+            beat, shard.beat = shard.beat, None
+            try:
+                pulse: Pulse = ray.get(beat)
+            except ActorUnavailableError:
+                continue  # it, or the way to it, may come back
+            except RayActorError as error:
+                shard.ended = one_line(error)[:300]
+                continue
+            shard.liveness.answered(now, pulse.now)
+            pulses.append(pulse)
+        return pulses
+
+    def pulses(self) -> list[Pulse]:
+        """One more beat now, for what the shards know."""
+        return self.beat(PULSE_SECONDS)
+
+    def lost(self) -> dict[int, str]:
+        """The shards that cannot serve any more, by number, and how they were lost."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if any(self._doubtful()) else set()
+        lost = {}
+        for number, shard in enumerate(self._shards):
+            if shard is None:
+                lost[number] = "is not there any more"
+            elif shard.liveness.may_be_replaced(
+                time.monotonic(), ended=shard.ended is not None and self._state.members[number].node in alive
+            ):
+                silent = f"did not answer for {time.monotonic() - shard.liveness.heard:.0f} s"
+                lost[number] = silent if shard.ended is None else f"died: {shard.ended}"
+        return lost
+
+    def _doubtful(self) -> Iterable[bool]:
+        return (shard is not None and shard.ended is not None for shard in self._shards)
+
+    def replace(self, number: int) -> str | None:
+        """Ends a shard and starts it again in the same place, with the same journal.
+
+        Returns why it has not come back with what it held; None if it has.
+        """
+        self._end(number)
+        cause = ""
+        for attempt in range(ATTEMPTS):
+            time.sleep(attempt)  # the old process may take a moment to let go of its journal
+            actor = self._create(number, fresh=False)
+            try:
+                where: Whereabouts = ray.get(actor.whereabouts.remote(), timeout=self._state.plan.start_timeout)
+            except (RayActorError, GetTimeoutError) as error:
+                cause = one_line(root_cause(error))
+                end_actor(actor)
+                continue
+            self._enter(number, actor, where)
+            return None if where.recovered else "its journal is not there"
+        return cause
+
+    def replace_all(self) -> None:
+        """Ends every shard and starts all of them, empty. Raises RunFailed."""
+        for number in range(len(self._shards)):
+            self._end(number)
+        self._start(range(len(self._shards)))
+
+    def end(self) -> None:
+        """Ends the shards for good and gives back their place."""
+        forgotten = [shard.actor.forget.remote() for shard in self._shards if shard is not None]
+        if forgotten:
+            ray.wait(forgotten, num_returns=len(forgotten), timeout=PULSE_SECONDS)
+        for number in range(len(self._shards)):
+            self._end(number)
+        for group in {member.group for member in self._state.members}:
+            remove_placement_group(_place(group))
+
+    def _end(self, number: int) -> None:
+        shard, self._shards[number] = self._shards[number], None
+        if shard is not None:
+            end_actor(shard.actor)
+
+    def _start(self, numbers: Iterable[int]) -> None:
+        plan = self._state.plan
+        actors = {number: self._create(number, fresh=True) for number in numbers}
+        try:
+            found = ray.get([actor.whereabouts.remote() for actor in actors.values()], timeout=plan.start_timeout)
+        except GetTimeoutError:
+            raise RunFailed(
+                f"cluster: not every shard started within {plan.start_timeout:g} s; raise cluster.start_timeout"
+            ) from None
+        for (number, actor), where in zip(actors.items(), found, strict=True):
+            self._enter(number, actor, where)
+
+    def _enter(self, number: int, actor: Any, where: Whereabouts) -> None:
+        liveness = Liveness(self._state.plan.lease, time.monotonic(), where.now)
+        self._shards[number] = _Shard(actor, where.address, liveness)
+        self._state.members[number].node = where.node
+
+    def _create(self, number: int, *, fresh: bool) -> Any:
+        plan, member = self._state.plan, self._state.members[number]
+        actor = ray.remote(ShardActor).options(
+            name=shard_name(number),
+            namespace=plan.namespace,
+            lifetime="detached",
+            num_cpus=plan.cpus,
+            max_restarts=0,
+            max_concurrency=4,  # a beat waits for nobody
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                _place(member.group), placement_group_bundle_index=member.bundle
+            ),
+        )
+        deadline = time.monotonic() + NAME_SECONDS
+        while True:
+            try:
+                return actor.remote(
+                    number,
+                    plan.blocks,
+                    plan.seed,
+                    loopback=plan.loopback,
+                    lease=plan.lease,
+                    orphan_timeout=self._orphan_timeout,
+                    token=self._token,
+                    journal=plan.journal and f"{plan.journal}/{plan.namespace}/{shard_name(number)}",
+                    journal_bytes=plan.journal_bytes,
+                    memory_bytes=plan.memory_bytes,
+                    fresh=fresh,
+                )
+            except ValueError as error:  # the name of one that has just been ended
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"cluster: shard {number} does not end: {one_line(error)}") from None
+            time.sleep(0.1)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number}"
+
+
+def end_actor(actor: Any) -> None:
+    """Ends an actor's process for good, also one that does not answer."""
+    with suppress(RayError):
+        ray.kill(actor)
+
+
+def end_named(namespace: str, *, but: Sequence[str] = ()) -> None:
+    """Ends the actors of a namespace, except those named in `but`, and its placement groups."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace and actor["name"] not in but:
+            with suppress(ValueError):
+                end_actor(ray.get_actor(actor["name"], namespace=namespace))
+    for number, group in ray.util.placement_group_table().items():
+        if group["name"] == namespace and group["state"] != "REMOVED":
+            remove_placement_group(_place(number))
+
+
+def _place(group: str) -> PlacementGroup:
+    return PlacementGroup(PlacementGroupID.from_hex(group))
+
+
+def _free(resource: str) -> str:
+    free = ray.available_resources().get(resource, 0.0)
+    return f"{free:g} of {ray.cluster_resources().get(resource, 0.0):g}"
