@@ -19,7 +19,7 @@ from .watchdog import Watchdog
 
 
 class Whereabouts(NamedTuple):
-    """host:port of the gRPC server, Ray's id of the node, the process's monotonic clock; whether a journal was there."""
+    """host:port of the gRPC server, Ray's id of the node, the process's monotonic clock; whether it had a journal."""
 
     address: str
     node: str
