@@ -218,7 +218,7 @@ class Coordinator:
         if state.broken is not None:
             self._begin_afresh(state.broken)
         else:
-            group.announce(state.block_map)
+            self._settle()
         self._note("the coordinator died and is back")
 
     def _replace(self) -> None:

@@ -72,20 +72,28 @@ class ShardGroup:
         return state, group
 
     def take_up(self) -> None:
-        """Finds the actors that run; those that do not are lost."""
-        plan = self._state.plan
+        """Finds the actors that run; those that do not, or that begin with nothing, are lost."""
+        plan, known = self._state.plan, self._state.block_map.addresses
         found: dict[int, Any] = {}
         for number in range(len(self._state.members)):
             with suppress(ValueError):
                 found[number] = ray.get_actor(shard_name(number), namespace=plan.namespace)
+        calls = {number: actor.whereabouts.remote() for number, actor in found.items()}
         for number, actor in found.items():
+            address = known[number]
+            with suppress(RayError):  # one that does not answer may be stopped
+                where: Whereabouts = ray.get(calls[number], timeout=PULSE_SECONDS)
+                address = where.address
+                if address != known[number] and not where.recovered:
+                    end_actor(actor)
+                    continue
             # Whatever the last coordinator granted ends within a lease from now.
-            liveness = Liveness(plan.lease, time.monotonic(), 0.0)
-            self._shards[number] = _Shard(actor, self._state.block_map.addresses[number], liveness)
+            self._shards[number] = _Shard(actor, address, Liveness(plan.lease, time.monotonic(), 0.0))
 
     def addresses(self) -> tuple[str, ...]:
-        """gRPC addresses, by number."""
-        return tuple("" if shard is None else shard.address for shard in self._shards)
+        """gRPC addresses, by number; of one that is lost, the last."""
+        known = self._state.block_map.addresses
+        return tuple(known[i] if shard is None else shard.address for i, shard in enumerate(self._shards))
 
     def announce(self, block_map: BlockMap) -> None:
         """Tells every shard that answers; one that does not is lost, and hears of it when it is replaced."""
