@@ -1,0 +1,156 @@
+"""What the coordinator keeps and counts, and which failures are worth another try; without Ray's processes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from embershard.cluster import run_state
+from embershard.cluster.coordinator import Coordinator
+from embershard.cluster.errors import is_final
+from embershard.cluster.restarts import RestartPolicy
+from embershard.cluster.run_folder import RunFolder, read_metrics, read_run
+from embershard.cluster.run_state import Member, RunState, ShardPlan
+from embershard.cluster.shard_actor import Pulse
+from embershard.datasets.schema import DataError
+from embershard.parameter_server.blocks import BlockMap
+from embershard.parameter_server.store import FencedError
+from embershard.workers.embeddings.gradients import GradientError
+from pydantic import SecretStr
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.exceptions import ControllerError
+
+PLAN = ShardPlan("space", 2, 0.25, 40, 7, True, 1.0, generation=5, max_restarts=3, journal="/j")
+
+
+def make_state() -> RunState:
+    members = [Member("aa", 0, "node-1"), Member("aa", 1, "node-2")]
+    return RunState(PLAN, members, BlockMap.initial(40, ("x:1", "y:2")), PLAN.generation)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
+    """Stands for Ray's key-value store."""
+    kept: dict[bytes, bytes] = {}
+    monkeypatch.setattr(run_state, "_internal_kv_put", lambda key, value, _, namespace: kept.update({key: value}))
+    monkeypatch.setattr(run_state, "_internal_kv_get", lambda key, namespace: kept.get(key))
+    monkeypatch.setattr(run_state, "_internal_kv_del", lambda key, namespace: kept.pop(key, None))
+    return kept
+
+
+class Group:
+    """Shards that stand at `step` of `generation`."""
+
+    generation, step = 5, 0
+
+    def pulses(self) -> list[Pulse]:
+        return [Pulse(0.0, self.generation, self.step), Pulse(0.0, self.generation, self.step - 1)]
+
+
+@pytest.fixture
+def coordinator(store: dict[bytes, bytes]) -> Any:
+    coordinator = Coordinator("space", 1e6, SecretStr("t" * 16))
+    coordinator._state, coordinator._group = make_state(), Group()
+    yield coordinator
+    coordinator._watchdog.stop()
+
+
+def test_state_survives(store: dict[bytes, bytes]) -> None:
+    state = make_state()
+    state.generation, state.restarts, state.broken, state.joined = 7, 2, "shard 1 died", True
+    state.save()
+    found = run_state.load("space")
+    assert found is not None
+    np.testing.assert_array_equal(found.block_map.owners, state.block_map.owners)
+    assert found.block_map.owners.dtype == np.uint16
+    found.block_map = state.block_map
+    assert found == state
+    assert run_state.load("another") is None
+    run_state.forget("space")
+    assert run_state.load("space") is None
+
+
+def test_every_worker_group_gets_a_generation_of_its_own_and_hears_how_far_the_last_came(coordinator: Any) -> None:
+    assert (coordinator.join().generation, coordinator.poll().restarts) == (5, 0)
+    coordinator.report({"generation": 5, "step": 30})
+    coordinator._group.step = 34
+    second = coordinator.join()
+    assert (second.generation, second.reached, second.addresses) == (6, 34, ("x:1", "y:2"))
+    # It dies before it has told what it does again: the next one is told the same.
+    assert (coordinator.join().generation, coordinator.join().reached) == (7, 34)
+    coordinator.report({"generation": 8, "step": 20, "steps_redone": 14})
+    coordinator.report({"generation": 8, "step": 25})
+    assert coordinator.join().reached == 25
+    coordinator.report({"generation": 9, "step": 20, "steps_redone": 5})
+    news = coordinator.poll()
+    assert (news.generation, news.restarts, news.steps_redone) == (9, 4, 19)
+
+
+def test_a_record_of_an_older_generation_is_dropped(coordinator: Any) -> None:
+    coordinator.join()
+    coordinator.join()
+    coordinator.report({"generation": 5, "step": 99})
+    coordinator.report({"generation": 6, "step": 1})
+    assert [record["step"] for record in coordinator.poll().records] == [1]
+    assert coordinator.join().reached == 1
+
+
+def test_what_was_decided_outlives_the_coordinator(coordinator: Any) -> None:
+    coordinator.join()
+    coordinator.request_stop()
+    coordinator.join()
+    found = run_state.load("space")
+    assert found is not None and (found.generation, found.restarts, found.stop) == (6, 1, True)
+
+
+def test_no_restart_is_left_for_a_shard_whose_rows_are_lost(coordinator: Any) -> None:
+    coordinator._state.restarts = PLAN.max_restarts
+    coordinator._begin_afresh("shard 1 died: killed")
+    assert coordinator.poll().problem == "shard 1 died: killed"
+
+
+def failed(*causes: Exception) -> WorkerGroupError:
+    return WorkerGroupError("failed", dict(enumerate(causes)))
+
+
+def test_failures_that_would_come_again_end_the_run() -> None:
+    policy = RestartPolicy(2)
+    for cause in (DataError("column c1 is missing"), GradientError("step 3: NaN")):
+        assert is_final(cause)
+        assert policy.make_decision(failed(ConnectionError("peer closed"), cause)) is FailureDecision.RAISE
+    no_room = ControllerError(WorkerGroupStartupTimeoutError(2))
+    assert policy.make_decision(no_room) is FailureDecision.RAISE
+
+
+def test_others_are_tried_again_as_often_as_asked_for() -> None:
+    policy = pickle.loads(pickle.dumps(RestartPolicy(2)))  # it goes to Ray Train's controller
+    assert policy.make_decision(failed(FencedError("generation 1 is over"))) is FailureDecision.RETRY
+    died = ControllerError(WorkerGroupStartupFailedError("a worker died"))
+    assert policy.make_decision(died) is FailureDecision.RETRY
+    assert policy.make_decision(failed(RuntimeError("killed"))) is FailureDecision.RAISE
+
+
+def test_the_folder_of_a_run_that_goes_back(tmp_path: Path) -> None:
+    """metrics.jsonl keeps everything; TensorBoard forgets the steps that are done again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder.open(tmp_path / "run", resume=False)
+    for step in (10, 20, 30):
+        folder.record({"generation": 1, "step": step, "loss": 1.0})
+    folder.begin_generation(2)
+    folder.record({"generation": 2, "step": 10, "steps_redone": 23})
+    folder.record({"generation": 2, "step": 20, "loss": 0.5})
+    folder.close("finished")
+    assert read_run(tmp_path / "run")["generation"] == 2
+    records = [(m["generation"], m["step"]) for m in read_metrics(tmp_path / "run")]
+    assert records == [(1, 10), (1, 20), (1, 30), (2, 10), (2, 20)]
+    events = EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 1.0), (20, 0.5)]
+    assert "generation" not in events.Tags()["scalars"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["generation"] == 2
