@@ -100,6 +100,9 @@ def generate(
         int, typer.Option(min=0, help="Of the planted model: the same for train and evaluation data.")
     ] = 0,
     cardinalities: Annotated[str | None, typer.Option(help="Ids per categorical column, such as 1000,200,30.")] = None,
+    multi_hot: Annotated[
+        str, typer.Option(help="Most ids per row: one number, or one per categorical column, such as 1,20,3.")
+    ] = "1",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -109,11 +112,12 @@ def generate(
     Examples:
       embershard generate data/train --rows 1000000
       embershard generate data/eval --rows 100000 --seed 1
+      embershard generate data/bags --rows 100000 --cardinalities 1000,200 --multi-hot 20,1
     """
     from ..datasets import synthetic
     from .progress import ProgressReporter
 
-    sizes = synthetic.CARDINALITIES if cardinalities is None else _numbers(cardinalities)
+    sizes = synthetic.CARDINALITIES if cardinalities is None else _numbers("--cardinalities", cardinalities)
     with ProgressReporter() as progress:
         summary = synthetic.generate(
             str(output),
@@ -122,6 +126,7 @@ def generate(
             model_seed=model_seed,
             progress=progress.counter("row"),
             cardinalities=sizes,
+            multi_hot=_numbers("--multi-hot", multi_hot),
         )
     _print_record(summary)
     if json:
@@ -153,11 +158,11 @@ def inspect(
         raise RunFailed(f"{path}: {len(problems)} problems, the first: {problems[0]}")
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(flag: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--cardinalities: {text!r} is not a list of numbers such as 1000,200,30") from None
+        raise ConfigError(f"{flag}: {text!r} is not a list of numbers such as 1000,200,30") from None
 
 
 def _print_record(record: Mapping[str, Any]) -> None:

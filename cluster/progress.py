@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .formatting import readable_bytes
+
 LINE_INTERVAL = 5.0  # seconds between lines where there is no terminal
 
 
@@ -41,15 +43,26 @@ class ProgressReporter:
         self._show("step", record["step"], record.get("steps_total"), _numbers(record))
 
     def counter(self, unit: str) -> Callable[[int, int], None]:
-        """A callback (done, total) for work that is not training; total 0: not known."""
-        return lambda done, total: self._show(unit, done, total or None, "")
+        """A callback (done, total) for work that is not training, which shows its rate and the time left. unit: row or
+        byte.
+        """
+        begin, before = time.monotonic(), None
+
+        def count(done: int, total: int) -> None:
+            nonlocal begin, before
+            if before is None:  # what an earlier start had done counts for no rate
+                begin, before = time.monotonic(), done
+            self._show(unit, done, total, _pace(unit, done - before, total - done, time.monotonic() - begin))
+
+        return count
 
     def _show(self, unit: str, done: int, total: int | None, numbers: str) -> None:
         if self._console.is_terminal:
             self._draw(done, total, numbers)
         elif time.monotonic() - self._last_line >= self._interval:
             self._last_line = time.monotonic()
-            self.note(f"{unit} {done:,}" + (f"/{total:,}" if total else "") + (f"  {numbers}" if numbers else ""))
+            of = f"/{_amount(unit, total)}" if total else ""
+            self.note(f"{unit} {_amount(unit, done)}{of}" + (f"  {numbers}" if numbers else ""))
 
     def finish(self) -> None:
         if self._bar is not None:
@@ -75,3 +88,16 @@ def _numbers(record: Mapping[str, Any]) -> str:
     if (rate := record.get("samples_per_second")) is not None:
         parts.append(f"{rate:,.0f} samples/s")
     return "  ".join(parts)
+
+
+def _amount(unit: str, count: float) -> str:
+    return readable_bytes(count) if unit == "byte" else f"{count:,.0f}"
+
+
+def _pace(unit: str, done: int, left: int, seconds: float) -> str:
+    """The rate and the time left; nothing before anything was done."""
+    if not done or not seconds:
+        return ""
+    rate = done / seconds
+    minutes, remaining = divmod(round(left / rate), 60)
+    return f"{_amount(unit, rate)}{'' if unit == 'byte' else f' {unit}s'}/s  {minutes}:{remaining:02d} left"

@@ -10,14 +10,14 @@ import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from .footers import fingerprint, list_files
 from .remote import RETRIES, RangeReader, is_local
 from .schema import DataError
-from .writer import Block, DatasetWriter, PartWriter
+from .writer import Block, DatasetWriter, PartWriter, writing_behind
 
 BLOCK_BYTES = 4 << 20
 MAX_LINE_BYTES = 1 << 20
@@ -257,20 +257,15 @@ def _convert_file(
     with (
         file.open() as raw,
         PartWriter(staged, source=source.name, dense=source.dense, categorical=source.categorical) as writer,
-        ThreadPoolExecutor(1) as behind,
     ):
         text = LineBlocks(raw, file.path, own)
-        written: Future[None] | None = None
-        for block in source.parse(text, own):
-            if tracker.stopped.is_set():
-                return
-            if written is not None:
-                written.result()
-            written = behind.submit(writer.write, block)
-            tracker.add(text.position - reported)
-            reported = text.position
-        if written is not None:
-            written.result()
+        with writing_behind(writer) as write:
+            for block in source.parse(text, own):
+                if tracker.stopped.is_set():
+                    return
+                write(block)
+                tracker.add(text.position - reported)
+                reported = text.position
         writer.state(origin, own.count, own.examples)
     bad.merge(own.count, own.examples)
     tracker.add(file.size - reported)

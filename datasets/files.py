@@ -15,8 +15,17 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from .footers import DataFile, is_list, is_string, read_footers
-from .schema import METADATA_KEY, SKETCH_KEY, CategoricalColumn, DataConfig, DataError, DenseColumn, Schema
-from .sketch import DistinctSketch
+from .schema import (
+    FREQUENT_IDS,
+    METADATA_KEY,
+    SKETCH_KEY,
+    CategoricalColumn,
+    DataConfig,
+    DataError,
+    DenseColumn,
+    Schema,
+)
+from .sketch import IdSketch
 
 _STATISTICS_GROUPS = 1024
 
@@ -196,13 +205,15 @@ def _merge(files: Sequence[DataFile], schemas: Sequence[Schema]) -> Schema:
     rows = sum(schema.rows for schema in schemas)
     positives = [schema.positives for schema in schemas]
     sketch = merged_sketch(files)
-    distinct = sketch.estimates() if sketch is not None else {}
+    distinct = sketch.distinct() if sketch is not None else {}
+    frequent = frequent_ids(sketch) if sketch is not None else {}
     dense = [_merge_dense([s.dense[i] for s in schemas], schemas) for i in range(len(first.dense))]
     cardinalities = [_common([s.categorical[i].cardinality for s in schemas]) for i in range(len(first.categorical))]
     categorical = [
         CategoricalColumn(
             name=column.name,
-            distinct=min(rows, distinct[column.name], cardinalities[i] or rows) if column.name in distinct else None,
+            distinct=_at_most(distinct.get(column.name), cardinalities[i], None if column.bag else rows),
+            frequent=frequent.get(column.name),
             cardinality=cardinalities[i],
             missing=_share([s.categorical[i].missing for s in schemas], schemas),
             bag=column.bag,
@@ -240,18 +251,22 @@ def _share(shares: Sequence[float | None], schemas: Sequence[Schema]) -> float |
     return sum((share or 0.0) * schema.rows for share, schema in zip(shares, schemas, strict=True)) / rows
 
 
+def _at_most(estimate: int | None, *limits: int | None) -> int | None:
+    return None if estimate is None else min(estimate, *(limit for limit in limits if limit is not None), estimate)
+
+
 def _common(cardinalities: Sequence[int | None]) -> int | None:
     known = [n for n in cardinalities if n is not None]
     return max(known) if len(known) == len(cardinalities) and known else None
 
 
-def merged_sketch(files: Sequence[DataFile]) -> DistinctSketch | None:
-    """The distinct counts over all files, None where a file has none."""
-    merged: DistinctSketch | None = None
+def merged_sketch(files: Sequence[DataFile]) -> IdSketch | None:
+    """What was counted of the ids over all files, None where a file has nothing of it."""
+    merged: IdSketch | None = None
     for file in files:
         if SKETCH_KEY not in file.metadata:
             return None
-        sketch = DistinctSketch.from_bytes(base64.b64decode(file.metadata[SKETCH_KEY]))
+        sketch = IdSketch.from_bytes(base64.b64decode(file.metadata[SKETCH_KEY]))
         if merged is None:
             merged = sketch
         else:
@@ -259,7 +274,15 @@ def merged_sketch(files: Sequence[DataFile]) -> DistinctSketch | None:
     return merged
 
 
-def file_metadata(schema: Schema, sketch: DistinctSketch) -> dict[str, str]:
+def frequent_ids(sketch: IdSketch) -> dict[str, list[tuple[int, int]]]:
+    """(id, count) of each column's most frequent ids, the most frequent first."""
+    return {
+        name: list(zip(ids.tolist(), counts.tolist(), strict=True))
+        for name, (ids, counts) in sketch.frequent(FREQUENT_IDS).items()
+    }
+
+
+def file_metadata(schema: Schema, sketch: IdSketch) -> dict[str, str]:
     """What is written into a Parquet file's key-value metadata."""
     return {
         METADATA_KEY.decode(): json.dumps(schema.model_dump(exclude_none=True)),

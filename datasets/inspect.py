@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 
 from .batch import MISSING_ID
 from .decode import RowGroupReader
-from .files import schema_of
+from .files import frequent_ids, schema_of
 from .footers import DataFile, is_list, is_string, read_footers
 from .order import Window, row_order
 from .schema import METADATA_KEY, DataConfig, DataError, Schema
-from .sketch import DistinctSketch
+from .sketch import IdSketch
 from .window import DecodedWindow
 
-_EXAMPLES = 3
+_EXAMPLES = _SHOWN_IDS = 3
 _COUNTED_GROUPS = 16
 _LABELS = ("label", "click", "clicked", "is_click", "target", "y")
 _DENSE = re.compile(r"(i|int|dense|num)_?\d+", re.IGNORECASE)
@@ -31,11 +31,12 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
 
     Returns:
         {source, files, row_groups, rows, bytes (on disk), positives, label_rate, counted_rows, best_auc, columns,
-        examples, mapping}, None where nobody counted. counted_rows: the rows that positives, label_rate and distinct
-        were counted on, all or a sample. columns: a dict per column with name, role (label, dense, categorical, bag,
-        weights, unused), type, distinct, cardinality, missing (share of nulls). examples: the first rows. mapping: the
-        settings data.label, data.dense and so on, proposed from names and types where the files do not state them. With
-        `verify` every row is read, and problems lists what is wrong with it, nothing if all is well.
+        examples, mapping}, None where nobody counted. counted_rows: the rows that positives, label_rate, distinct and
+        frequent were counted on, all or a sample. columns: a dict per column with name, role (label, dense,
+        categorical, bag, weights, unused), type, distinct, cardinality, missing (share of nulls), frequent (the most
+        frequent ids, each with how often it comes at least). examples: the first rows. mapping: the settings
+        data.label, data.dense and so on, proposed from names and types where the files do not state them. With `verify`
+        every row is read, and problems lists what is wrong with it, nothing if all is well.
 
     Raises:
         DataError: nothing there, a file that is not Parquet, or files of different columns.
@@ -48,11 +49,11 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
         mapping = mapping or _stated(schema)
     rows = sum(sum(file.rows) for file in files)
     positives = schema.positives if schema is not None else None
-    counted: dict[str, int] = {}
+    sketch: IdSketch | None = None
     counted_rows = rows if positives is not None else None
     if schema is not None and positives is None and rows:
         try:
-            counted_rows, positives, counted = _count(files, schema)
+            counted_rows, positives, sketch = _count(files, schema)
         except DataError:  # --verify tells what is wrong
             positives = None
     summary: dict[str, Any] = {
@@ -65,7 +66,7 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
         "label_rate": positives / counted_rows if positives is not None and counted_rows else None,
         "counted_rows": counted_rows,
         "best_auc": schema.best_auc if schema is not None else None,
-        "columns": _columns(files, schema, mapping or {}, counted),
+        "columns": _columns(files, schema, mapping or {}, sketch),
         "examples": _examples(files[0]),
         "mapping": {f"data.{role}": names for role, names in (mapping or {}).items()},
     }
@@ -97,44 +98,51 @@ def _propose(file: DataFile) -> dict[str, Any]:
 def _stated(schema: Schema) -> dict[str, Any]:
     """The mapping that the files' own metadata states."""
     plain = [column.name for column in schema.categorical if not column.bag]
-    return {"label": schema.label, "dense": schema.dense_names, "categorical": plain}
+    bags = [column.name for column in schema.categorical if column.bag]
+    stated = {"label": schema.label, "dense": schema.dense_names, "categorical": plain}
+    return stated | ({"bags": bags} if bags else {})
 
 
-def _count(files: Sequence[DataFile], schema: Schema) -> tuple[int, int, dict[str, int]]:
-    """(rows, those of label 1, different ids per column) of at most 16 row groups spread over the data set."""
+def _count(files: Sequence[DataFile], schema: Schema) -> tuple[int, int, IdSketch]:
+    """(rows, those of label 1, the ids per column) of at most 16 row groups spread over the data set."""
     reader, rows, positives = RowGroupReader(files, schema), 0, 0
-    sketches = {name: DistinctSketch([name]) for name in schema.categorical_names}
+    sketch = IdSketch(schema.categorical_names)
     groups = reader.row_groups()
     first = 1 + len(schema.dense)
     for group in groups[:: -(-len(groups) // _COUNTED_GROUPS) or 1]:
         arrays = reader.read(group)
         rows += group.rows
         positives += pc.sum(pc.equal(arrays[0], 1)).as_py() or 0
-        for sketch, array in zip(sketches.values(), arrays[first:], strict=False):
+        for f, array in enumerate(arrays[first : first + len(sketch.columns)]):
             values = (array.flatten() if is_list(array.type) else array).drop_null()
-            ids = values.to_numpy().astype(np.int64).reshape(1, -1)
-            sketch.add(ids, np.ones(ids.shape, np.bool_))
+            sketch.add(f, values.to_numpy().astype(np.int64))
     reader.close()
-    return rows, positives, {name: sketch.estimates()[name] for name, sketch in sketches.items()}
+    return rows, positives, sketch
 
 
 def _columns(
-    files: Sequence[DataFile], schema: Schema | None, mapping: dict[str, Any], distinct: dict[str, int]
+    files: Sequence[DataFile], schema: Schema | None, mapping: dict[str, Any], sketch: IdSketch | None
 ) -> list[dict[str, Any]]:
     roles = dict.fromkeys(mapping.get("dense", []), "dense")
     roles |= dict.fromkeys(mapping.get("categorical", []), "categorical") | {mapping.get("label"): "label"}
     roles |= dict.fromkeys(mapping.get("bags", []), "bag")
     roles |= dict.fromkeys(mapping.get("bag_weights", {}).values(), "weights")
-    counted = {column.name: column for column in schema.categorical} if schema is not None else {}
+    known = {column.name: column for column in schema.categorical} if schema is not None else {}
+    distinct = {name: column.distinct for name, column in known.items()}
+    frequent = {name: column.frequent or [] for name, column in known.items()}
+    if sketch is not None:
+        distinct |= sketch.distinct()
+        frequent |= frequent_ids(sketch)
     nulls = _nulls(files)
     return [
         {
             "name": field.name,
             "role": roles.get(field.name, "unused"),
             "type": str(field.type),
-            "distinct": distinct.get(field.name, counted[field.name].distinct if field.name in counted else None),
-            "cardinality": counted[field.name].cardinality if field.name in counted else None,
+            "distinct": distinct.get(field.name),
+            "cardinality": known[field.name].cardinality if field.name in known else None,
             "missing": nulls.get(field.name),
+            "frequent": dict(frequent.get(field.name, [])[:_SHOWN_IDS]) or None,
         }
         for field in files[0].arrow_schema
     ]

@@ -1,4 +1,4 @@
-"""Mixing, shuffling, gathering from Arrow buffers, counting distinct ids: free functions over arrays.
+"""Mixing, shuffling, gathering from Arrow buffers: free functions over arrays.
 
 A window's rows are numbered through its chunks (a chunk is one decoded row group). Arrow buffers come as addresses, so
 that one call serves every column and chunk of a window; the caller keeps them alive. A column is first *staged*: its
@@ -240,23 +240,6 @@ def gather_dense(
     return -1
 
 
-@jit
-def count_distinct(ids: Array, present: Array, precision: int, registers: Array) -> None:
-    """HyperLogLog: ids int64 [F, B] where present bool [F, B] into registers uint8 [F, 2^precision]."""
-    for f in range(len(registers)):
-        for b in range(ids.shape[1]):
-            if present[f, b]:
-                hashed = mix(np.uint64(ids[f, b]), np.uint64(0x5851F42D4C957F2D))
-                register = np.int64(hashed >> np.uint64(64 - precision))
-                rest = hashed << np.uint64(precision)
-                rank = 1
-                while rank <= 64 - precision and (rest >> np.uint64(63)) == 0:
-                    rest <<= np.uint64(1)
-                    rank += 1
-                if rank > registers[f, register]:
-                    registers[f, register] = rank
-
-
 def warm_up() -> None:
     """Compiles the kernels of the reader, or loads them from the cache, so that no batch waits for the compiler."""
     order, rows = np.arange(1, dtype=np.int32), np.ones(1, np.int64)
@@ -269,4 +252,3 @@ def warm_up() -> None:
     dense = np.empty((1, 1), np.float32)
     gather_dense(order, rows, kinds, address, none, none, LOG1P, LOG1P_TABLE, zero, zero, dense)
     gather_ids(order, rows, 1, 1, kinds, address, none, none, -1, np.empty(1, np.int64))
-    count_distinct(value.reshape(1, 1), np.ones((1, 1), np.bool_), 1, np.zeros((1, 2), np.uint8))

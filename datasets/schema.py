@@ -13,6 +13,7 @@ __all__ = ["MISSING_ID", "Batch", "CategoricalColumn", "DataConfig", "DataError"
 
 METADATA_KEY = b"embershard"
 SKETCH_KEY = b"embershard.distinct"
+FREQUENT_IDS = 10  # of a column that its description lists
 DenseTransform = Literal["log1p", "standardise", "none"]
 
 
@@ -36,12 +37,14 @@ class CategoricalColumn(BaseModel):
     """A column of one id per row, or with `bag` of a list of ids, each with a weight from the list column `weights`.
 
     Integers are ids as they are, strings by `kernels.hash_strings`. distinct: estimated number of different ids
-    (standard error about 1 %), None where nobody counted. cardinality: ids are known to lie in [0, cardinality).
+    (standard error about 1 %), None where nobody counted. frequent: (id, at least how often it comes) of the most
+    frequent ids, in this order. cardinality: ids are known to lie in [0, cardinality).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     distinct: int | None = None
+    frequent: Sequence[tuple[int, int]] | None = None
     cardinality: int | None = Field(default=None, gt=0)
     missing: float | None = None
     bag: bool = False

@@ -1,4 +1,4 @@
-"""Distinct counts of many columns at once: a HyperLogLog per column, mergeable over files."""
+"""What is known of the ids of many columns in bounded memory: how many differ, and which are frequent."""
 
 from __future__ import annotations
 
@@ -9,46 +9,77 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .kernels import count_distinct
+from .sketch_kernels import count_ids
 
 PRECISION = 13  # 8,192 registers: standard error 1.15 %
+_SLOTS = 1024
+_KEPT = 64  # frequent ids per column and file that are written and merged
 
 
-class DistinctSketch:
-    """HyperLogLog (Flajolet et al. 2007) per column, estimated after Ertl (2017, arXiv 1702.01284, algorithm 6).
+class IdSketch:
+    """Distinct counts and frequent ids per column, mergeable over files.
 
-    The datasketches package takes one Python value per call; this takes arrays. registers: uint8 [F, 2^13].
+    Distinct: HyperLogLog (Flajolet et al. 2007), estimated after Ertl (2017, arXiv 1702.01284, algorithm 6). Frequent:
+    counters of which the smaller half makes room when they are used up (Anderson et al. 2017, arXiv 1705.07001). Our
+    own, as the datasketches package takes one Python value per call; these take arrays.
     """
 
-    def __init__(self, columns: Sequence[str], registers: np.ndarray | None = None) -> None:
+    def __init__(self, columns: Sequence[str]) -> None:
         self.columns = tuple(columns)
-        self.registers = np.zeros((len(self.columns), 1 << PRECISION), np.uint8) if registers is None else registers
+        self.registers = np.zeros((len(self.columns), 1 << PRECISION), np.uint8)
+        self._keys = np.zeros((len(self.columns), _SLOTS), np.int64)
+        self._counts = np.zeros((len(self.columns), _SLOTS), np.int64)
+        self._state = np.zeros((len(self.columns), 2), np.int64)
+        self._merged: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
 
-    def add(self, ids: np.ndarray, present: np.ndarray) -> None:
-        """Counts ids int64 [F, B] where present bool [F, B]."""
-        count_distinct(ids, present, PRECISION, self.registers)
+    def add(self, column: int, ids: np.ndarray) -> None:
+        """Counts ids int64 [N] of the column of that number."""
+        count_ids(ids, PRECISION, self.registers[column], self._keys[column], self._counts[column], self._state[column])
 
-    def merge(self, other: DistinctSketch) -> None:
+    def merge(self, other: IdSketch) -> None:
         """Counts what `other` counted, for the columns that both have."""
         places = {name: i for i, name in enumerate(other.columns)}
         for row, name in enumerate(self.columns):
             if name in places:
                 np.maximum(self.registers[row], other.registers[places[name]], out=self.registers[row])
+        self._merged.append(other.frequent(_KEPT))
 
-    def estimates(self) -> dict[str, int]:
+    def distinct(self) -> dict[str, int]:
         """Estimated distinct ids per column."""
         return {name: round(_estimate(self.registers[row])) for row, name in enumerate(self.columns)}
 
+    def frequent(self, most: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(ids, counts) int64 per column, at most `most`, the most frequent first.
+
+        No count is too high. Of each file only the 64 most frequent ids are known, each count too low by at most 1/384
+        of the file's values, and exact where at most 768 ids differ.
+        """
+        found = {}
+        for row, name in enumerate(self.columns):
+            used = self._counts[row] > 0
+            parts = [(self._keys[row][used], self._counts[row][used]), *(m[name] for m in self._merged if name in m)]
+            ids, places = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
+            counts = np.zeros(len(ids), np.int64)
+            np.add.at(counts, places, np.concatenate([part[1] for part in parts]))
+            first = np.argsort(-counts, kind="stable")[:most]
+            found[name] = ids[first], counts[first]
+        return found
+
     def to_bytes(self) -> bytes:
-        header = json.dumps({"columns": self.columns, "precision": PRECISION}).encode()
+        frequent = {name: [ids.tolist(), counts.tolist()] for name, (ids, counts) in self.frequent(_KEPT).items()}
+        header = json.dumps({"columns": self.columns, "precision": PRECISION, "frequent": frequent}).encode()
         return zlib.compress(len(header).to_bytes(4, "little") + header + self.registers.tobytes())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> DistinctSketch:
+    def from_bytes(cls, data: bytes) -> IdSketch:
         raw = zlib.decompress(data)
         end = 4 + int.from_bytes(raw[:4], "little")
-        columns = json.loads(raw[4:end])["columns"]
-        return cls(columns, np.frombuffer(raw[end:], np.uint8).reshape(len(columns), -1).copy())
+        header = json.loads(raw[4:end])
+        sketch = cls(header["columns"])
+        sketch.registers[:] = np.frombuffer(raw[end:], np.uint8).reshape(sketch.registers.shape)
+        frequent = header.get("frequent", {})  # files of earlier versions have none
+        sketch._merged.append({name: (np.array(ids), np.array(counts)) for name, (ids, counts) in frequent.items()})
+        return sketch
 
 
 def _estimate(registers: np.ndarray) -> float:

@@ -12,8 +12,6 @@ from .kernels import LOG1P_TABLE, mix
 
 Array = np.ndarray[Any, Any]
 
-_FIRST_OF_PAIR, _SECOND_OF_PAIR = 1 << 20, 1 << 21
-
 
 @jit
 def _unit(value: np.uint64, key: np.uint64) -> Any:
@@ -41,18 +39,37 @@ def zipf_rank(u: float, n: int, exponent: float, scale: float) -> Any:
 
 
 @jit
-def draw_ids(
-    first: int, columns: int, key: np.uint64, cardinalities: Array, steps: Array, exponent: float, ids: Array
-) -> None:
-    """ids int64 [F, B] of rows first, first + 1, ...: Zipf ranks, as rank * step mod cardinality (int64 [F]).
+def draw_offsets(first: int, columns: int, column: int, key: np.uint64, most: int, offsets: Array) -> None:
+    """offsets int32 [B + 1] of one column's bags in rows first, first + 1, ...: 1 to `most` ids, all equally likely."""
+    offsets[0] = 0
+    for b in range(len(offsets) - 1):
+        u = _unit(np.uint64((first + b) * columns + column), key)
+        offsets[b + 1] = offsets[b] + 1 + np.int32(u * most)
 
-    columns: all columns of the log, so that each (row, column) draws its own number.
+
+@jit
+def draw_ids(
+    first: int,
+    columns: int,
+    column: int,
+    key: np.uint64,
+    cardinality: int,
+    step: int,
+    exponent: float,
+    offsets: Array,
+    ids: Array,
+) -> None:
+    """ids int64 of one column's bags, offsets int32 [B + 1]: Zipf ranks, as rank * step mod cardinality.
+
+    columns: all columns of the log, so that each (row, column) draws its own numbers.
     """
-    for f in range(len(ids)):
-        scale = zipf_scale(cardinalities[f], exponent)
-        for b in range(ids.shape[1]):
-            u = _unit(np.uint64((first + b) * columns + f), key)
-            ids[f, b] = zipf_rank(u, cardinalities[f], exponent, scale) * steps[f] % cardinalities[f]
+    scale = zipf_scale(cardinality, exponent)
+    for b in range(len(offsets) - 1):
+        own = key
+        for i in range(offsets[b], offsets[b + 1]):
+            u = _unit(np.uint64((first + b) * columns + column), own)
+            ids[i] = zipf_rank(u, cardinality, exponent, scale) * step % cardinality
+            own = mix(own, np.uint64(1))
 
 
 @jit
@@ -69,23 +86,23 @@ def draw_dense(first: int, columns: int, key: np.uint64, missing: Array, dense: 
 
 
 @jit
-def planted_logits(
-    ids: Array, dense: Array, key: np.uint64, per_id: float, per_pair: float, per_dense: float, out: Array
-) -> None:
-    """out float64 [B]: a sum of effects of ids [F, B], of pairs of neighbouring features' ids and of ln(dense + 1)."""
-    out[:] = 0.0
-    for f in range(len(ids)):
-        for b in range(len(out)):
-            out[b] += per_id * _effect(ids[f, b], f, key)
-    for f in range(0, len(ids) - 1, 2):
-        for b in range(len(out)):
-            first = _effect(ids[f, b], f + _FIRST_OF_PAIR, key)
-            out[b] += per_pair * first * _effect(ids[f + 1, b], f + _SECOND_OF_PAIR, key)
+def sum_effects(offsets: Array, ids: Array, stream: int, key: np.uint64, out: Array) -> None:
+    """out float64 [B] = the sum of the effects of each bag's ids, bags as in `draw_ids`."""
+    for b in range(len(out)):
+        total = 0.0
+        for i in range(offsets[b], offsets[b + 1]):
+            total += _effect(ids[i], stream, key)
+        out[b] = total
+
+
+@jit
+def add_dense(dense: Array, weight: float, out: Array) -> None:
+    """Adds weight * (ln(x + 1) - 1) of dense int32 [D, B] to out float64 [B], with alternating signs."""
     for k in range(len(dense)):
-        sign = 1.0 if k % 2 == 0 else -1.0
+        signed = weight if k % 2 == 0 else -weight
         for b in range(len(out)):
             value = LOG1P_TABLE[dense[k, b]] if 0 <= dense[k, b] < len(LOG1P_TABLE) else math.log1p(dense[k, b])
-            out[b] += per_dense * sign * (value - 1.0)
+            out[b] += signed * (value - 1.0)
 
 
 @jit

@@ -215,6 +215,8 @@ class _Stream:
                 if done is None:
                     continue
                 number, header, payload = done
+                if number not in self._open:
+                    raise FrameError(f"an answer to call {number}, which is not open")
                 request, widths, on_answer, counters = self._open.pop(number)
                 counters.add("wire_bytes", len(header) + len(payload))
                 try:

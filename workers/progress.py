@@ -19,6 +19,8 @@ _SECONDS = ("pull_wait_seconds", "stall_seconds")
 _PER_STEP = ("rows_pulled", "rows_pushed", "wire_bytes")
 # Calls repeated after a lost connection, blocks found at another shard: degraded paths, shown and never silent.
 _DEGRADED = ("retries", "moved")
+# Requests to an object store that were repeated, from opening the data on and also while training pauses.
+_DATA = ("data_retries",)
 
 
 class Meter:
@@ -39,7 +41,8 @@ class Meter:
     def start(self, pipeline: Pipeline) -> None:
         """Training begins now."""
         self._pipeline = pipeline
-        self._begin, self._window = self._readings(), self._readings()
+        self._begin = self._readings() | dict.fromkeys(_DATA, 0.0)
+        self._window = dict(self._begin)
 
     def add(self, loss: torch.Tensor, rows: int) -> None:
         """A step is done. loss: this worker's share of the mean loss over the step's `rows`."""
@@ -85,6 +88,7 @@ class Meter:
             "seconds": time.perf_counter(),
             "pull_wait_seconds": waited,
             "stall_seconds": self._stream.stall_seconds,
+            "data_retries": self._stream.retries,
             "steps": self._steps,
             "samples": self._samples,
             "loss": float(self._loss),
@@ -93,12 +97,12 @@ class Meter:
 
 
 def _per_step(begin: dict[str, float], end: dict[str, float], group: Group) -> dict[str, float]:
-    names = ("loss", *_SECONDS, *_PER_STEP, *_DEGRADED)
+    names = ("loss", *_SECONDS, *_PER_STEP, *_DEGRADED, *_DATA)
     sums = dict(zip(names, group.sums([end[name] - begin[name] for name in names]), strict=True))
     steps, samples = end["steps"] - begin["steps"], end["samples"] - begin["samples"]
     seconds = end["seconds"] - begin["seconds"]
     record = {"samples_per_second": samples / seconds if seconds > 0 else 0.0}
     record |= {name: sums[name] / group.workers for name in _SECONDS}
     record |= {name: sums[name] / max(steps, 1) for name in _PER_STEP}
-    record |= {name: sums[name] for name in _DEGRADED}
+    record |= {name: sums[name] for name in (*_DEGRADED, *_DATA)}
     return record | ({"loss": sums["loss"] / samples} if samples else {})

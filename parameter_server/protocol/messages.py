@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ..blocks import BlockMap
-from ..requests import Clock, PullReply, PullRequest, PushReply, PushRequest, Refusal, Reply, RowSet
+from ..requests import BlockStatus, Clock, PullReply, PullRequest, PushReply, PushRequest, Refusal, Reply, RowSet
 from . import shard_pb2 as pb
 from .frames import MAX_CALL_BYTES, FrameError
 
 _ALIGN = 8
+_STATUSES_OF_PUSH = [BlockStatus.APPLIED, BlockStatus.DUPLICATE, BlockStatus.MOVED]
+_STATUSES_OF_PULL = [BlockStatus.APPLIED, BlockStatus.MOVED]
 
 
 def encode_request(request: PullRequest | PushRequest, timeout: float) -> tuple[bytes, list[np.ndarray]]:
@@ -118,7 +120,11 @@ def decode_reply(
     newer = None
     if message.HasField("block_map"):
         m = message.block_map
+        if len(m.owners) % 2:
+            raise FrameError(f"a block map whose owners are {len(m.owners)} bytes")
         newer = BlockMap(m.epoch, np.frombuffer(m.owners, np.uint16), tuple(m.addresses))
+        if newer.blocks == 0 or int(newer.owners.max()) >= len(newer.addresses):
+            raise FrameError(f"a block map whose owners are not among its {len(newer.addresses)} addresses")
     if message.refusal:
         return Refusal(message.refusal, message.message), newer
     statuses = [np.frombuffer(s, np.uint8) for s in message.statuses]
@@ -126,6 +132,9 @@ def decode_reply(
         len(s) != len(p.blocks) for s, p in zip(statuses, request.parts, strict=True)
     ):
         raise FrameError("a reply whose blocks are not those of its request")
+    known = _STATUSES_OF_PUSH if isinstance(request, PushRequest) else _STATUSES_OF_PULL
+    if any(status.any() and not np.isin(status, known).all() for status in statuses):
+        raise FrameError("a reply with a status that this kind of call does not have")
     if isinstance(request, PushRequest):
         _expect_end(0, payload)
         return PushReply(statuses), newer

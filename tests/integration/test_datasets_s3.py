@@ -1,6 +1,7 @@
 """An S3 server that throttles, drops connections, answers slowly and lists in pages; every retry is counted."""
 
 import itertools
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -16,9 +17,12 @@ pytest.importorskip("flask_cors", reason='needs pip install "embershard[test-s3]
 
 import fsspec
 from embershard.datasets import remote
+from embershard.datasets.criteo import convert_criteo
 from embershard.datasets.files import load_schema
 from embershard.datasets.schema import DataConfig, DataError
 from embershard.datasets.stream import ParquetStream
+from embershard.datasets.synthetic import generate
+from embershard.datasets.writer import DatasetWriter
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -184,3 +188,37 @@ def test_a_file_that_is_replaced_or_appears_during_an_epoch_is_named(bucket):
     finally:
         fs.rm("logs/train/9.parquet")
         stream.close()
+
+
+def criteo_line(number: int) -> str:
+    return "\t".join([str(number % 2), *[str(number)] * 13, *[f"{number:08x}"] * 26]) + "\n"
+
+
+@pytest.mark.parametrize("what", [None, "503 Slow Down", "drop"])
+def test_converting_from_a_store_into_a_store(bucket, what):
+    _, app = bucket
+    name = (what or "calm").split()[0]
+    fs = remote.filesystem("s3://logs/x")[0]
+    for day in range(2):
+        fs.pipe_file(f"logs/raw-{name}/day_{day}", "".join(map(criteo_line, range(50))).encode())
+    if what:
+        app.fault = every(5, what)
+    summary = convert_criteo([f"s3://logs/raw-{name}/"], f"s3://logs/out-{name}")
+    app.fault = lambda request: None
+    assert (summary["rows"], summary["files"], summary["retries"] >= 3) == (100, 2, bool(what))
+    stream = ParquetStream(f"s3://logs/out-{name}", batch_size=64)
+    assert sorted(i for batch in stream.batches(0) for i in batch.ids["c1"][0].tolist()) == sorted([*range(50)] * 2)
+    stream.close()
+    with pytest.raises(DataError, match="exists already"):
+        convert_criteo([f"s3://logs/raw-{name}/"], f"s3://logs/out-{name}")
+
+
+def test_generating_into_a_store_and_a_second_machine_that_writes_the_same(bucket, tmp_path, monkeypatch):
+    output = "s3://logs/generated"
+    with DatasetWriter(output), monkeypatch.context() as elsewhere:
+        elsewhere.setattr(tempfile, "tempdir", str(tmp_path))
+        with pytest.raises(DataError, match=r"s3://logs/generated: process .* is writing it, or was stopped"):
+            generate(output, rows=100, cardinalities=[5], dense=1)
+    with pytest.raises(DataError, match="not complete: the command that writes it"):
+        load_schema(output)
+    assert generate(output, rows=100, cardinalities=[5], dense=1)["rows"] == load_schema(output).rows == 100

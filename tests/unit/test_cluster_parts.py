@@ -96,6 +96,25 @@ def test_progress_without_a_terminal_is_a_line_per_interval() -> None:
     assert stream.getvalue() == "starting [2 shards]\nstep 1/2,000  loss 0.5000  12,346 samples/s\n"
 
 
+def test_progress_of_a_conversion_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier start had done, here 10 MB, counts for no rate."""
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("embershard.cluster.progress.time.monotonic", lambda: now[0])
+    with ProgressReporter(stream, interval=5.0) as progress:
+        count = progress.counter("byte")
+        for now[0], done in ((0.0, 10_000_000), (4.0, 20_000_000), (8.0, 26_000_000), (10.0, 30_000_000)):
+            count(done, 386_000_000)
+        rows = progress.counter("row")
+        for now[0], done in ((20.0, 0), (27.5, 3_000_000)):
+            rows(done, 4_000_000)
+    assert stream.getvalue().splitlines() == [
+        "byte 10.00 MB/386.00 MB",
+        "byte 26.00 MB/386.00 MB  2.00 MB/s  3:00 left",
+        "row 0/4,000,000",
+        "row 3,000,000/4,000,000  400,000 rows/s  0:02 left",
+    ]
+
+
 def test_aligned_columns() -> None:
     rows = [{"name": "a", "rows": 12345, "ratio": 1.5}, {"name": "bcd", "rows": 7, "ratio": None}]
     assert aligned(rows, ["name", "rows", "ratio"]) == ["name    rows  ratio", "a     12,345  1.5", "bcd        7  -"]

@@ -3,8 +3,10 @@
 import gzip
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -273,6 +275,75 @@ def test_output_in_an_object_store_is_not_read_before_it_is_complete(tmp_path, m
         convert_criteo(inputs, output + "2")
     with pytest.raises(DataError, match="no such file or folder"):
         load_schema(output + "2")
+
+
+def other_machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """What is written from here on knows nothing of the staged files before."""
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
+def test_a_second_machine_is_refused_while_the_first_writes_an_object_store(tmp_path, monkeypatch):
+    output = f"memory://{tmp_path.name}/out"
+    with DatasetWriter(output) as first:
+        first.keep({})
+        with monkeypatch.context() as elsewhere:
+            other_machine(elsewhere, tmp_path / "elsewhere")
+            with pytest.raises(DataError) as caught:
+                convert_criteo(_inputs(tmp_path), output, on_bad_rows="skip")
+        message = str(caught.value)
+        assert message.startswith(f"{output}: process {os.getpid()} on {socket.gethostname()}, ")
+        assert message.endswith(
+            "is writing it, or was stopped; remove the folder if it no longer runs, or name another output"
+        )
+        first.staged("a.parquet").write_bytes(b"x")
+        first.publish("a.parquet")
+        fsspec.filesystem("memory").rm(f"/{tmp_path.name}/out", recursive=True)  # as the message says
+        other_machine(monkeypatch, tmp_path / "again")
+        assert convert_criteo(_inputs(tmp_path), output, on_bad_rows="skip")["rows"] == 300
+        with pytest.raises(DataError, match="another process is writing it, or was stopped"):
+            first.finish()
+    assert load_schema(output).rows == 300
+
+
+def test_a_second_machine_that_took_the_output_over_is_noticed_and_keeps_its_files(tmp_path, monkeypatch):
+    output, fs = f"memory://{tmp_path.name}/out", fsspec.filesystem("memory")
+    publish = DatasetWriter.publish
+
+    def taken_over(self: DatasetWriter, part: str) -> None:
+        fs.pipe_file(f"/{tmp_path.name}/out/_incomplete", b"process 7 on elsewhere")
+        publish(self, part)
+
+    monkeypatch.setattr(DatasetWriter, "publish", taken_over)
+    with pytest.raises(DataError, match="out: process 7 on elsewhere is writing it"):
+        convert_criteo(_inputs(tmp_path), output, on_bad_rows="skip")
+    assert fs.cat_file(f"/{tmp_path.name}/out/_incomplete") == b"process 7 on elsewhere"
+
+
+def test_a_part_that_another_process_wrote_is_not_taken_for_ones_own(tmp_path, monkeypatch):
+    output, fs = f"memory://{tmp_path.name}/out", fsspec.filesystem("memory")
+    publish = DatasetWriter.publish
+
+    def crowded(self: DatasetWriter, part: str) -> None:
+        fs.pipe_file(f"/{tmp_path.name}/out/strange.parquet", b"x")
+        publish(self, part)
+
+    monkeypatch.setattr(DatasetWriter, "publish", crowded)
+    with pytest.raises(DataError, match=r"out: strange\.parquet came from another process"):
+        convert_criteo(_inputs(tmp_path), output, on_bad_rows="skip")
+    assert not fs.find(f"/{tmp_path.name}/out")
+
+
+def test_what_a_failure_leaves_in_an_object_store_never_looks_complete(tmp_path, monkeypatch):
+    """Its marker goes last: whoever is killed while it cleans up leaves it there."""
+    output, fs = f"memory://{tmp_path.name}/out", fsspec.filesystem("memory")
+    removed = []
+    monkeypatch.setattr(DatasetWriter, "_remove", lambda self, path: removed.append(path) or fs.rm_file(path))
+    write(tmp_path / "day_9", ["bad"])
+    monkeypatch.setattr(conversion.os, "cpu_count", lambda: 1)
+    with pytest.raises(DataError, match="day_9, line 1"):
+        convert_criteo([str(write(tmp_path / "day_0", [line(0)])), str(tmp_path / "day_9")], output)
+    assert [path.rsplit("/", 1)[1] for path in removed] == ["day_0.parquet", "_incomplete"]
 
 
 def test_remote_inputs_are_read_in_blocks(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from embershard.datasets import bag_kernels, kernels
-from embershard.datasets.sketch import DistinctSketch
+from embershard.datasets.sketch import IdSketch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
 import datasets_reference as reference
@@ -168,23 +168,54 @@ def _digests(texts: list[bytes]) -> list[int]:
 
 @pytest.mark.parametrize("distinct", [0, 1, 3, 1000, 20_000, 300_000])
 def test_sketch_estimates_within_five_percent(distinct):
-    ids = np.repeat(np.arange(distinct) * 7919 - 50, 2).reshape(1, -1)
-    present = np.ones(ids.shape, np.bool_)
-    sketch = DistinctSketch(["a"])
-    sketch.add(ids, present)
-    assert abs(sketch.estimates()["a"] - distinct) <= 0.05 * distinct
-    sketch.add(ids + (1 << 40), ~present)
-    assert abs(sketch.estimates()["a"] - distinct) <= 0.05 * distinct
+    sketch = IdSketch(["a"])
+    sketch.add(0, np.repeat(np.arange(distinct) * 7919 - 50, 2))
+    assert abs(sketch.distinct()["a"] - distinct) <= 0.05 * distinct
+
+
+def test_frequent_ids_are_found_among_many_others_and_never_counted_too_high():
+    """Half of the values are 40 ids, the other half differ: whoever counts all of them needs 100 times the memory."""
+    rare = RNG.permutation(100_000) + 1000
+    common = np.repeat(np.arange(40), 2 * 61 * np.arange(1, 41))
+    ids = RNG.permutation(np.concatenate([common, rare]))
+    sketch = IdSketch(["a"])
+    for part in np.array_split(ids, 7):
+        sketch.add(0, part)
+    found, counts = sketch.frequent(40)["a"]
+    true = np.bincount(ids)[found]
+    assert np.all(counts <= true)
+    assert np.all(true - counts <= len(ids) / 384)
+    expected = [i for i in range(40) if 122 * (i + 1) > len(ids) / 384]
+    assert set(expected) <= set(found.tolist())
+    assert np.all(np.diff(counts) <= 0)
+
+
+def test_frequent_ids_are_exact_while_few_differ_also_over_files():
+    ids = RNG.integers(0, 60, (2, 5000)) * 1_000_003
+    whole = IdSketch(["a", "b"])
+    merged = IdSketch(["b"])
+    for part in np.array_split(ids, 3, axis=1):
+        one = IdSketch(["a", "b"])
+        for column in (0, 1):
+            whole.add(column, part[column].copy())
+            one.add(column, part[column].copy())
+        merged.merge(IdSketch.from_bytes(one.to_bytes()))
+    for sketch, name, column in ((whole, "a", 0), (whole, "b", 1), (merged, "b", 1)):
+        found, counts = sketch.frequent(100)[name]
+        values, true = np.unique(ids[column], return_counts=True)
+        assert dict(zip(found.tolist(), counts.tolist(), strict=True)) == dict(
+            zip(values.tolist(), true.tolist(), strict=True)
+        )
 
 
 def test_merged_sketches_are_the_sketch_of_all_and_survive_bytes():
     ids = RNG.integers(0, 50_000, (2, 60_000))
-    present = RNG.random(ids.shape) < 0.9
-    whole, left, right = (DistinctSketch(["a", "b"]) for _ in range(3))
-    whole.add(ids, present)
-    left.add(ids[:, :20_000].copy(), present[:, :20_000].copy())
-    right.add(ids[:, 20_000:].copy(), present[:, 20_000:].copy())
-    right = DistinctSketch.from_bytes(right.to_bytes())
+    whole, left, right = (IdSketch(["a", "b"]) for _ in range(3))
+    for column in (0, 1):
+        whole.add(column, ids[column])
+        left.add(column, ids[column, :20_000])
+        right.add(column, ids[column, 20_000:])
+    right = IdSketch.from_bytes(right.to_bytes())
     left.merge(right)
     assert np.array_equal(left.registers, whole.registers)
 

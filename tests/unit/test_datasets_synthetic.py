@@ -8,6 +8,7 @@ from embershard.datasets import synthetic, synthetic_kernels
 from embershard.datasets.files import load_schema
 from embershard.datasets.inspect import describe
 from embershard.datasets.schema import DataConfig, DataError
+from embershard.datasets.stream import ParquetStream
 from embershard.datasets.synthetic import PlantedModel, best_auc, generate
 from sklearn.metrics import roc_auc_score
 
@@ -16,7 +17,7 @@ SIZES = (50, 3, 1000, 1)
 
 @pytest.fixture(scope="module")
 def model() -> PlantedModel:
-    return PlantedModel(SIZES, 3, 1.2, model_seed=4)
+    return PlantedModel(SIZES, [1] * len(SIZES), 3, 1.2, model_seed=4)
 
 
 def test_rows_depend_on_seed_and_number_alone(model):
@@ -38,6 +39,79 @@ def test_logits_follow_from_ids_and_dense_values_alone(model):
             shared += key in known
             assert known.setdefault(key, logit) == logit
     assert shared > 100
+
+
+@pytest.fixture(scope="module")
+def bagged() -> PlantedModel:
+    return PlantedModel(SIZES, [1, 4, 9, 1], 3, 1.2, model_seed=4)
+
+
+def test_bags_depend_on_seed_and_number_alone_and_have_every_size(bagged):
+    whole, part = bagged.draw(7, 0, 3000)[0], bagged.draw(7, 600, 100)[0]
+    assert np.array_equal(whole.ids[:, 600:700], part.ids)
+    for (offsets, ids), (some, few), most, n in zip(whole.bags, part.bags, (4, 9), (3, 1000), strict=True):
+        assert np.array_equal(np.diff(offsets)[600:700], np.diff(some))
+        assert np.array_equal(ids[offsets[600] : offsets[700]], few)
+        assert set(np.diff(offsets)) == set(range(1, most + 1))
+        assert (ids.min(), ids.max() < n) == (0, True)
+        place = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
+        means = [(ids[place == i] == 0).mean() for i in (0, 1)]  # every place draws from the same distribution
+        assert abs(means[0] - means[1]) < 0.05
+
+
+def test_logits_are_sums_over_the_ids_of_bags(bagged):
+    """The planted model written out, over the effects of the kernels."""
+    rows = 40
+    block, logits = bagged.draw(3, 0, rows)
+
+    def effect(identity: int, stream: int) -> float:
+        return float(synthetic_kernels._effect(identity, stream, bagged.key))
+
+    plain, pair = 1.6 / 4**0.5, 0.6 / 2**0.5
+    for row in range(rows):
+        bags = [ids[offsets[row] : offsets[row + 1]].tolist() for offsets, ids in block.bags]
+        features = [[int(block.ids[0, row])], *bags, [int(block.ids[1, row])]]
+        scales = [1.0, 2.5**-0.5, 5**-0.5, 1.0]
+
+        def total(f: int, stream: int, features=features, scales=scales) -> float:
+            return scales[f] * sum(effect(i, stream) for i in features[f])
+
+        expected = bagged.intercept + sum(plain * total(f, f) for f in range(4))
+        expected += sum(pair * total(f, f + (1 << 20)) * total(f + 1, f + (1 << 21)) for f in (0, 2))
+        for k, sign in enumerate((1, -1, 1)):
+            expected += sign * 0.35 / 3**0.5 * (np.log1p(block.dense[k, row]) - 1)
+        assert logits[row] == pytest.approx(expected, rel=1e-5)
+
+
+def test_best_auc_of_bags_is_that_of_their_logits(bagged):
+    block, logits = bagged.draw(5, 0, 200_000)
+    assert abs(block.labels.mean() - synthetic.POSITIVE_RATE) < 0.01
+    assert abs(roc_auc_score(block.labels, logits) - bagged.best_auc) < 0.005
+
+
+def test_generated_bags_are_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "_BLOCK_ROWS", 1000)
+    arguments = {"rows": 2500, "cardinalities": SIZES, "multi_hot": [1, 4, 9, 1], "dense": 1}
+    generate(str(tmp_path / "a"), **arguments)
+    schema = load_schema(str(tmp_path / "a"))
+    assert [(c.name, c.bag, c.cardinality) for c in schema.categorical] == [
+        ("c1", False, 50),
+        ("c4", False, 1),
+        ("c2", True, 3),
+        ("c3", True, 1000),
+    ]
+    table = pq.read_table(tmp_path / "a")
+    ids = [i for bag in table.column("c2").to_pylist() for i in bag]
+    assert dict(schema.categorical[2].frequent) == {i: ids.count(i) for i in range(3)}
+    batches = list(ParquetStream(str(tmp_path / "a"), batch_size=1000, shuffle=False).batches(0))
+    for name in ("c1", "c2", "c3", "c4"):
+        read = [batch.ids[name] for batch in batches]
+        bags = [v[o[i] : o[i + 1]].tolist() for v, o in read for i in range(len(o) - 1)]
+        stored = table.column(name).to_pylist()
+        assert bags == (stored if name in ("c2", "c3") else [[i] for i in stored])
+    summary = describe(str(tmp_path / "a"), verify=True)
+    assert summary["problems"] == []
+    assert summary["mapping"]["data.bags"] == ["c2", "c3"]
 
 
 def test_ids_are_zipf_over_their_cardinality(model):
@@ -92,7 +166,15 @@ def test_generate_writes_what_it_states_in_bounded_blocks(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"rows": 0}, {"rows": 1, "cardinalities": [0]}, {"rows": 1, "cardinalities": []}, {"rows": 1, "dense": -1}],
+    [
+        {"rows": 0},
+        {"rows": 1, "cardinalities": [0]},
+        {"rows": 1, "cardinalities": []},
+        {"rows": 1, "dense": -1},
+        {"rows": 1, "multi_hot": [0]},
+        {"rows": 1, "cardinalities": [5, 5], "multi_hot": [2, 2, 2]},
+        {"rows": 1, "multi_hot": []},
+    ],
 )
 def test_sizes_that_make_no_sense(tmp_path, arguments):
     with pytest.raises(DataError, match=r"^generate: "):
@@ -153,6 +235,9 @@ def test_describe_counts_labels_and_different_ids_of_foreign_files(tmp_path):
         "data.bags": ["tags"],
         "data.bag_weights": {"tags": "tags_weights"},
     }
+    frequent = {column["name"]: column["frequent"] for column in summary["columns"]}
+    assert frequent["tags"] == {0: 1455, 1: 1455, 2: 1455}
+    assert (frequent["label"], list(frequent["country"].values())) == (None, [715, 715, 714])
     distinct = {column["name"]: column["distinct"] for column in summary["columns"]}
     assert abs(distinct.pop("user") - rows) < 0.05 * rows
     assert distinct == {"label": None, "score": None, "country": 7, "tags": 11, "tags_weights": None, "day": 1}

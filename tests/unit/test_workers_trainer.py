@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from embershard.datasets import remote
+from embershard.datasets.files import load_schema
 from embershard.datasets.schema import DataConfig, DataError
 from embershard.datasets.synthetic import generate
 from embershard.parameter_server.checkpoint import read_dense, read_manifest
 from embershard.parameter_server.store import Store
+from embershard.workers import trainer
 from embershard.workers.embeddings.base import EmbeddingError
 from embershard.workers.embeddings.planning import EmbeddingConfig
 from embershard.workers.evaluate import evaluate
@@ -170,3 +175,30 @@ def test_no_data_path_and_unequal_widths_are_errors(data: Path, tmp_path: Path) 
         run(TrainingJob(data=DataConfig()), tmp_path)
     with pytest.raises(EmbeddingError, match="'c2': dim 8 beside 4"):
         run(job(data, embedding={"features": {"c2": {"dim": 8}}}), tmp_path)
+
+
+def test_repeated_requests_for_data_stand_in_records_and_summary(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those from before the first step."""
+    url = f"memory://{tmp_path.name}"
+    fsspec.filesystem("memory").put(str(data), f"/{tmp_path.name}", recursive=True)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.0)
+    read, calls = remote.RangeReader._range, itertools.count(1)
+
+    def flaky(self: remote.RangeReader, begin: int, end: int) -> bytes:
+        if next(calls) % 2:
+            raise ConnectionError("lost")
+        return read(self, begin, end)
+
+    asked = job(data)
+    schema, asked.data.path, asked.data.eval_path = load_schema(f"{url}/train"), f"{url}/train", None
+    monkeypatch.setattr(trainer, "load_schema", lambda *_: schema)
+    before = remote.RETRIES.count
+    monkeypatch.setattr(remote.RangeReader, "_range", flaky)
+    summary, records = run(asked, tmp_path)
+    retried = remote.RETRIES.count - before
+    assert retried >= 2
+    assert summary["data_retries"] == retried
+    assert sum(record.get("data_retries", 0) for record in records) == retried
+    assert summary["stall_seconds"] > 0
