@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,13 @@ def convert(
     positive_from: Annotated[
         float | None, typer.Option(help="interactions, movielens: ratings from this on have label 1 (4).")
     ] = None,
+    histories: Annotated[
+        bool,
+        typer.Option("--histories", help="interactions, movielens: a row per person, what they liked in two lists."),
+    ] = False,
+    found_by: Annotated[
+        int | None, typer.Option(min=1, help="--histories: items to be found are liked by so many people (1).")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -52,11 +60,13 @@ def convert(
 
     criteo: the Kaggle and Terabyte click logs, and the variant with a header and decimal ids; avazu: its train files;
     movielens: ratings.dat or its folder; interactions: lines of user, item and perhaps rating. Inputs plain or .gz,
-    inputs and output local or URLs such as s3://. A conversion that was killed goes on when started again.
+    inputs and output local or URLs such as s3://. A conversion that was killed goes on when started again. --histories
+    writes OUTPUT/train and OUTPUT/eval for the models pointwise and ranknet, from lists held in memory.
 
     \b
     Examples:
       embershard convert interactions clicks.csv clicks/ --negatives 4
+      embershard convert movielens ml-1m/ histories/ --histories
       embershard convert criteo train.txt criteo/
       embershard convert criteo day_0.gz day_1.gz terabyte/ --on-bad-rows skip
     """
@@ -65,12 +75,16 @@ def convert(
     from .progress import ProgressReporter
 
     *inputs, output = paths
-    sampling = {"negatives": negatives, "seed": seed, "positive_from": positive_from}
+    sampling = {"negatives": negatives, "seed": seed, "positive_from": positive_from, "found_by": found_by}
     options = {name: value for name, value in sampling.items() if value is not None}
     convert_source = _converter(source)
     if options and source not in (Source.MOVIELENS, Source.INTERACTIONS):
         flag = "--" + next(iter(options)).replace("_", "-")
         raise ConfigError(f"convert: {flag} is for movielens and interactions, not for {source.value}")
+    if histories:
+        convert_source = _histories(source, options)
+    elif found_by is not None:
+        raise ConfigError("convert: --found-by is for --histories")
     with ProgressReporter() as progress:
         summary = convert_source(
             inputs, output, on_bad_rows=on_bad_rows.value, progress=progress.counter("byte"), **options
@@ -90,6 +104,15 @@ def _converter(source: Source) -> Callable[..., dict[str, Any]]:
     else:
         from ..datasets.interactions import convert_interactions as chosen
     return chosen
+
+
+def _histories(source: Source, options: Mapping[str, Any]) -> Callable[..., dict[str, Any]]:
+    if source not in (Source.MOVIELENS, Source.INTERACTIONS) or "negatives" in options:
+        wrong = "--negatives" if "negatives" in options else source.value
+        raise ConfigError(f"convert: --histories is for movielens and interactions without --negatives, not {wrong}")
+    from ..datasets.histories import convert_histories
+
+    return partial(convert_histories, name=source.value)
 
 
 def generate(

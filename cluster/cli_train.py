@@ -118,8 +118,11 @@ def _print_summary(summary: Mapping[str, Any]) -> None:
     if result := summary.get("eval"):
         best = summary.get("best_auc")
         possible = "" if best is None else f" (best possible on this data: {best:.4f})"
-        print(f"AUC {result['auc']:.4f}{possible}, logloss {result['logloss']:.4f}", end="")
-        print(f", normalized entropy {result['normalized_entropy']:.4f}, {result['samples']:,} samples")
+        if "auc" in result:
+            print(f"AUC {result['auc']:.4f}{possible}, logloss {result['logloss']:.4f}", end="")
+            print(f", normalized entropy {result['normalized_entropy']:.4f}, {result['samples']:,} samples")
+        else:
+            print(f"nDCG@10 {result['ndcg_at_10']:.4f}, {result['samples']:,} people")
     if checkpoint := summary.get("checkpoint"):
         print(f"checkpoint {checkpoint}")
     print(f"\nlook at it:     tensorboard --logdir {run}/tb")

@@ -19,7 +19,7 @@ from ..workers.embeddings.base import SIZE_OPTIONS, EmbeddingError
 from ..workers.embeddings.planning import METHODS, build_method
 from ..workers.job import TrainingJob
 from ..workers.network import NetworkSpec
-from .compare_results import summarise
+from .compare_results import qualities, summarise
 from .config import RunConfig
 from .errors import ConfigError
 from .progress import ProgressReporter
@@ -100,7 +100,7 @@ def compare(
     """Runs what `output` does not hold yet; returns the results (see `compare_results.summarise`).
 
     The best `full` table over all choices comes first: ratios are taken against its bytes. Then every method chooses,
-    with the first seed and by the logloss of the validation rows; what it chose runs with every seed.
+    with the first seed and by the validation rows (logloss, or a ranker's nDCG@10); what it chose runs with every seed.
 
     Raises:
         ConfigError: no data to evaluate on, or `output` holds something else.
@@ -162,7 +162,14 @@ def open_output(output: Path) -> None:
 
 
 def _best(cells: Sequence[Cell], records: dict[str, dict[str, Any]]) -> Cell:
-    return min(cells, key=lambda cell: records[cell.name]["validation"]["logloss"])
+    """By the validation rows."""
+
+    def badness(cell: Cell) -> float:
+        measured = records[cell.name]["validation"]
+        first = qualities(measured)[0]
+        return -first.sign * float(measured[first.key])
+
+    return min(cells, key=badness)
 
 
 def _row(cell: Cell, finals: Iterable[Cell], records: dict[str, Any], tried: Sequence[Cell]) -> dict[str, Any]:
@@ -171,9 +178,7 @@ def _row(cell: Cell, finals: Iterable[Cell], records: dict[str, Any], tried: Seq
         "method": cell.method,
         "ratio": cell.ratio,
         "choice": asdict(cell.choice),
-        "trials": [
-            {**asdict(one.choice), "validation_logloss": records[one.name]["validation"]["logloss"]} for one in tried
-        ],
+        "trials": [{**asdict(one.choice), "validation": records[one.name]["validation"]} for one in tried],
         "runs": [{"seed": one.job.seed, **records[one.name]} for one in own],
     }
 
@@ -256,9 +261,10 @@ class _Runner:
         for done, (cell, record) in enumerate(self._execute(missing), 1):
             self._write(cell, record)
             records[cell.name] = record
-            loss, seconds = record["validation"]["logloss"], record["train_seconds"]
+            first = qualities(record["validation"])[0]
+            measured = f"validation {first.name} {record['validation'][first.key]:.5f}"
             self._progress.note(
-                f"{done}/{len(missing)} {cell.name}: validation logloss {loss:.5f}, trained {seconds:.1f} s"
+                f"{done}/{len(missing)} {cell.name}: {measured}, trained {record['train_seconds']:.1f} s"
             )
         return records
 

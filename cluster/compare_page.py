@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from .compare_chart import chart, colours
-from .compare_results import table
+from .compare_results import NDCG, shown_qualities, table
 from .formatting import readable_bytes
 
 _STYLE = """
@@ -34,18 +34,16 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [
         "<h1>How small can the embedding tables be?</h1>",
         f'<p class="lead-in">Trained on <code>{data}</code> with model <code>{model}</code>; '
-        f"{results['test_samples']:,} test rows, {_count(seeds, 'seed')}.</p>",
+        f"{results['test_samples']:,} {_tested(results)}, {_count(seeds, 'seed')}.</p>",
         "<p>A recommendation model keeps a vector of numbers for every user, item and other thing it knows. With "
         "millions of them these tables are nearly all of the model. Each method below makes them smaller in its own "
         f"way; <b>full</b> is the model with uncompressed tables, {readable_bytes(full['embedding_bytes'])} here.</p>",
     ]
-    for metric, label, reading in (
-        ("logloss", "logloss on test rows", "Lower is better: the error of the predicted probabilities."),
-        ("auc", "AUC on test rows", "Higher is better: how often a click is ranked above a row without one."),
-    ):
-        drawn = chart(rows, metric, label)
+    for one in shown_qualities(results):
+        label = f"{one.name} on {_tested(results)}"
+        drawn = chart(rows, one.key, label)
         if drawn:
-            parts += [f"<h2>{escape(label)} against size</h2>", f"<p>{reading} {_bars(seeds)}</p>", drawn]
+            parts += [f"<h2>{escape(label)} against size</h2>", f"<p>{one.reading} {_bars(seeds)}</p>", drawn]
     parts += [
         "<h2>All numbers</h2>",
         _table(results),
@@ -92,6 +90,7 @@ def _method(results: Mapping[str, Any]) -> str:
     comparison, seeds = results["comparison"], results["comparison"]["seeds"]
     widths, rates = (", ".join(f"{one:g}" for one in comparison[name]) for name in ("widths", "rates"))
     spread = "; in brackets the standard deviation over the seeds" if seeds > 1 else ""
+    names = ", ".join(one.name for one in shown_qualities(results))
     entries = {
         "ratio": "how many times smaller than full the exported embeddings were asked to be. Sizes come in steps: "
         "what was reached is in the column of bytes.",
@@ -99,9 +98,10 @@ def _method(results: Mapping[str, Any]) -> str:
         "in training": "bytes of the embeddings while training, without the optimizer's state. MLET trains more "
         "than it exports.",
         "width": "numbers per vector (mlet: of the trained factor), as chosen.",
-        "AUC, logloss": f"means over {_count(seeds, 'seed')} on the test rows{spread}.",
-        "- full": "the difference to full, seed by seed (the same seed draws the same order of rows)"
-        + (", and its standard deviation." if seeds > 1 else "."),
+        names: f"means over {_count(seeds, 'seed')} on the {_tested(results)}{spread}.",
+        "- full": "the mean difference to full, seed by seed (the same seed draws the same order of rows), "
+        + ("its 95 % interval over the seeds (Student's t; other test rows would move it too), " if seeds > 1 else "")
+        + "and as a share of full's mean.",
         "train s": "median seconds of a training run on one thread. Runs share the machine, so small differences "
         "mean little.",
         "lookup us": "median microseconds in which one thread turns the ids of 64 rows, drawn evenly, into vectors. "
@@ -110,12 +110,17 @@ def _method(results: Mapping[str, Any]) -> str:
     evaluation = escape(str(results["data"]["eval_path"]))
     budget = (
         f"Every method at every ratio had the same budget, {_count(results['trials_per_method'], 'trial')}: widths "
-        f"{widths}, learning rates of the tables times {rates}. Each chose, with the first seed, by the logloss of the "
-        f"validation rows (every second row of the evaluation data, <code>{evaluation}</code>). The numbers above are "
+        f"{widths}, learning rates of the tables times {rates}. Each chose, with the first seed, by the "
+        f"{shown_qualities(results)[0].name} of the validation rows (every second row of the evaluation data, "
+        f"<code>{evaluation}</code>). The numbers above are "
         f"of the other rows, which nothing was chosen by. Full chose first, and the ratios are taken against its bytes."
     )
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries.items())
     return f"<p>{budget}</p><dl>{listed}</dl>"
+
+
+def _tested(results: Mapping[str, Any]) -> str:
+    return "test people" if NDCG in shown_qualities(results) else "test rows"
 
 
 def _count(number: int, noun: str) -> str:

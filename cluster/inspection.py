@@ -30,13 +30,13 @@ def _run(folder: Path, verify: bool) -> dict[str, Any]:
     record = read_run(folder)
     metrics = read_metrics(folder)
     losses = [m for m in metrics if "loss" in m]
-    evaluations = [m for m in metrics if "auc" in m]
+    evaluations = [m for m in metrics if "auc" in m or "ndcg_at_10" in m]
     checkpoints = [_checkpoint_line(path, verify) for path in sorted((folder / "checkpoints").glob("step-*"))]
     result: dict[str, Any] = {name: record.get(name) for name in ("status", "started", "generation")}
     if losses:
         result |= {"step": losses[-1]["step"], "loss": losses[-1]["loss"]}
     if evaluations:
-        result["auc"] = evaluations[-1]["auc"]
+        result |= {name: evaluations[-1][name] for name in ("auc", "ndcg_at_10") if name in evaluations[-1]}
     result["checkpoints"] = checkpoints
     if verify:
         result["problems"] = [f"{line['checkpoint']}: {line['state']}" for line in checkpoints if line["state"] != "ok"]

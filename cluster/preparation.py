@@ -12,7 +12,8 @@ from ..datasets.schema import Schema
 from ..parameter_server import kernels as shard_kernels
 from ..parameter_server.blocks import BlockMap
 from ..workers.embeddings import kernels as worker_kernels
-from ..workers.embeddings.planning import build_method, feature_table, plan_features
+from ..workers.embeddings.planning import build_method, feature_table
+from ..workers.network import NetworkSpec
 from ..workers.placement import choose_placement
 from .config import RunConfig
 from .errors import ConfigError
@@ -36,7 +37,8 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     if config.data.eval_path is not None:
         load_schema(config.data.eval_path, config.data)
     optimizer = config.optimizer.sparse.update
-    methods = [build_method(feature, optimizer) for feature in plan_features(schema, config.embedding, config.seed)]
+    spec = NetworkSpec.plan(schema, config.embedding, config.model, optimizer, config.seed)
+    methods = [build_method(feature, optimizer) for feature in spec.features]
     for line in feature_lines(feature_table(methods)):
         progress.note(line)
     config.embedding.placement, reason = choose_placement(config.job())  # once, for all workers

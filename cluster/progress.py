@@ -85,6 +85,8 @@ def _numbers(record: Mapping[str, Any]) -> str:
         parts.append(f"loss {loss:.4f}")
     if (auc := record.get("auc")) is not None:
         parts.append(f"AUC {auc:.4f}")
+    if (ndcg := record.get("ndcg_at_10")) is not None:
+        parts.append(f"nDCG@10 {ndcg:.4f}")
     if (rate := record.get("samples_per_second")) is not None:
         parts.append(f"{rate:,.0f} samples/s")
     return "  ".join(parts)

@@ -25,10 +25,11 @@ _RATINGS = ("ratings.dat", "ratings.csv", "ratings.csv.gz", "ratings.dat.gz")
 
 def convert_movielens(inputs: Sequence[str], output: str, **arguments: Any) -> dict[str, Any]:
     """As `convert_interactions`, for MovieLens's `ratings.dat` or `ratings.csv`, or folders that hold one of them."""
-    return convert_interactions([_ratings(path) for path in inputs], output, name="movielens", **arguments)
+    return convert_interactions([ratings_file(path) for path in inputs], output, name="movielens", **arguments)
 
 
-def _ratings(path: str) -> str:
+def ratings_file(path: str) -> str:
+    """MovieLens's file of ratings: the path itself, or the one in the folder."""
     fs, files = list_files(path, suffix="")
     if len(files) == 1:
         return path
@@ -63,7 +64,7 @@ def convert_interactions(
     if negatives < 0:
         raise DataError(f"--negatives: {negatives}; it cannot be negative")
     files = find_inputs(inputs)
-    layouts = {file.path: _layout(file) for file in files}
+    layouts = {file.path: layout_of(file) for file in files}
     rated = {RATING in layout.kinds for layout in layouts.values()}
     if len(rated) > 1:
         raise DataError("some of the files have ratings and some have not: convert them one by one")
@@ -77,7 +78,7 @@ def convert_interactions(
         layout, row = layouts[text.name], 0
         key = np.uint64(mix(np.uint64(zlib.crc32(parts[text.name])), np.uint64(seed)))
         for values, _ in read_fields(text, bad, layout):
-            users, chosen, labels = _columns(values, layout, threshold)
+            users, chosen, labels = columns_of(values, layout, threshold)
             size = len(labels)
             if negatives:
                 users, chosen, labels = sample_negatives(users, chosen, labels, pairs, items, negatives, key, row)
@@ -92,8 +93,8 @@ def convert_interactions(
     return convert(source, inputs, output, on_bad_rows=on_bad_rows, progress=progress)
 
 
-def _layout(file: Input) -> Layout:
-    """From a file's first line."""
+def layout_of(file: Input) -> Layout:
+    """What the fields of a file of interactions are, from its first line."""
     with file.open() as raw:
         first = LineBlocks(raw, file.path, BadRows("fail")).peek().partition(b"\n")[0].rstrip(b"\r")
     separator = next((s for s in (b"::", b"\t", b",") if s in first), None)
@@ -114,7 +115,8 @@ def _layout(file: Input) -> Layout:
     return Layout(fields, kinds, separator, header=True)
 
 
-def _columns(values: np.ndarray, layout: Layout, threshold: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def columns_of(values: np.ndarray, layout: Layout, threshold: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(users, items, labels): label 1 from a rating of `threshold` thousandths on, and for all rows without ratings."""
     users, items = values[layout.names.index("user")], values[layout.names.index("item")]
     labels = np.ones(len(users), np.int8)
     if RATING in layout.kinds:
@@ -131,7 +133,7 @@ def _scan(files: Sequence[Input], layouts: dict[str, Layout], on_bad_rows: str) 
         with file.open() as raw:
             text, layout = LineBlocks(raw, file.path, BadRows(on_bad_rows)), layouts[file.path]
             for values, _ in read_fields(text, BadRows(on_bad_rows), layout):
-                users, chosen, _ = _columns(values, layout, 0)
+                users, chosen, _ = columns_of(values, layout, 0)
                 add_pairs(users, chosen, pairs)
                 items = np.union1d(items, chosen)
         return items

@@ -19,12 +19,18 @@ from ..datasets.stream import ParquetStream
 from ..parameter_server.checkpoint import CheckpointError, Manifest, read_dense, read_manifest
 from ..parameter_server.store import Store
 from .embeddings.ticket import Ticket
-from .metrics import BinaryMetrics
 from .network import Network, NetworkSpec, dense_inputs, load_dense
+from .objectives import Metrics
 
 
 def score(network: Network, batches: Iterator[Batch]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(logits float32 [B], labels float32 [B]) of each batch; the next one's rows are pulled meanwhile.
+    """Of each batch (logits, labels) [B], or of a ranker (nDCG, items to find) [B]."""
+    for outputs, batch in answer(network, batches):
+        yield network.objective.answers(outputs, batch)
+
+
+def answer(network: Network, batches: Iterator[Batch]) -> Iterator[tuple[np.ndarray, Batch]]:
+    """(outputs float32 [B] or [B, items], batch) of each batch; the next one's rows are pulled meanwhile.
 
     The tables must not be changing: no push may be open.
     """
@@ -34,24 +40,24 @@ def score(network: Network, batches: Iterator[Batch]) -> Iterator[tuple[np.ndarr
         for batch in batches:
             ahead = (batch, network.embeddings.prefetch(batch.ids))
             if pending is not None:
-                yield _logits(network, *pending, device)
+                yield _outputs(network, *pending, device)
             pending = ahead
         if pending is not None:
-            yield _logits(network, *pending, device)
+            yield _outputs(network, *pending, device)
 
 
-def _logits(network: Network, batch: Batch, ticket: Ticket, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def _outputs(network: Network, batch: Batch, ticket: Ticket, device: torch.device) -> tuple[np.ndarray, Batch]:
     dense, _ = dense_inputs(batch, device)
-    return network(dense, ticket).float().cpu().numpy(), batch.labels
+    return network(dense, ticket).float().cpu().numpy(), batch
 
 
-def measure(network: Network, batches: Iterator[Batch]) -> BinaryMetrics:
+def measure(network: Network, batches: Iterator[Batch]) -> Metrics:
     """Metrics of the network on the batches; in evaluation mode meanwhile."""
-    metrics = BinaryMetrics()
+    metrics = network.objective.metrics()
     was_training = network.training
     network.eval()
-    for logits, labels in score(network, batches):
-        metrics.update(logits, labels)
+    for answers, truth in score(network, batches):
+        metrics.update(answers, truth)
     network.train(was_training)
     return metrics
 
@@ -87,22 +93,25 @@ def evaluate(
 
     predictions: a Parquet file to write, one row per row of the data, in its order: label, prediction (probability).
 
-    Returns auc, logloss, normalized_entropy, samples, seconds, step, checkpoint, and best_auc where the data states it.
+    Returns auc, logloss, normalized_entropy, calibration, samples (a ranker: ndcg_at_10, samples), seconds, step,
+    checkpoint, and best_auc where the data states it.
 
     Raises:
-        CheckpointError: missing, damaged, or not written by `train`. DataError: data without the columns it needs.
+        CheckpointError: missing, damaged, or not written by `train`. DataError: data without the columns it needs, or
+            predictions of a ranker.
     """
     begin = time.perf_counter()
-    metrics = BinaryMetrics()
     with open_network(checkpoint, device) as (network, manifest):
-        schema = network.spec.data
+        if predictions is not None and network.spec.model.ranks:
+            raise DataError(f"--predictions: model {network.spec.model.name} ranks items, it predicts no label")
+        schema, metrics = network.spec.data, network.objective.metrics()
         stream = ParquetStream(data, batch_size=batch_size, schema=schema, missing_id=missing_id, shuffle=False)
         writer = None if predictions is None else _Predictions(predictions)
         try:
-            for logits, labels in score(network, stream.batches(0)):
-                metrics.update(logits, labels)
+            for answers, truth in score(network, stream.batches(0)):
+                metrics.update(answers, truth)
                 if writer is not None:
-                    writer.add(logits, labels)
+                    writer.add(answers, truth)
         finally:
             stream.close()
             if writer is not None:

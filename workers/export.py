@@ -18,7 +18,7 @@ from ..datasets.stream import ParquetStream
 from ..parameter_server.tables import Optimizer
 from .embeddings.base import SIZE_OPTIONS, Feature, Method
 from .embeddings.planning import EmbeddingSize, build_method
-from .evaluate import open_network, score
+from .evaluate import answer, open_network
 from .export_files import (
     Answer,
     Entry,
@@ -199,15 +199,15 @@ def random_batch(features: Sequence[Feature], dense: int, rows: int) -> Batch:
     return Batch(np.zeros(rows, np.float32), rng.random((rows, dense), np.float32), Ids(names, ids), rows)
 
 
-def _compare(answer: Answer, network: Network, batches: Sequence[Batch], *, labelled: bool) -> dict[str, Any]:
+def _compare(written: Answer, network: Network, batches: Sequence[Batch], *, labelled: bool) -> dict[str, Any]:
     """Logits of the written file beside those of training, and the AUC of both.
 
     Raises:
         ExportDiffers: beyond the tolerance.
     """
     labels = np.concatenate([batch.labels for batch in batches])
-    trained = np.concatenate([logits for logits, _ in score(network, iter(batches))])
-    exported = np.concatenate([answer(*inputs(batch)) for batch in batches])
+    trained = np.concatenate([outputs for outputs, _ in answer(network, iter(batches))])
+    exported = np.concatenate([written(*inputs(batch)) for batch in batches])
     difference = np.abs(exported.astype(np.float64) - trained)
     worst = float(np.max(difference / np.maximum(1, np.abs(trained)), initial=0.0))
     if not worst <= TOLERANCE:

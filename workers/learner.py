@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..datasets.schema import Batch
@@ -59,8 +58,8 @@ class Learner:
         embeddings = self.network.embeddings
         dense, labels = dense_inputs(batch, embeddings.device)
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self._module(dense, ticket)
-        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / batch.global_rows
+        outputs = self._module(dense, ticket)
+        loss = self.network.objective.loss(outputs, labels, batch) / batch.global_rows
         loss.backward()  # type: ignore[no-untyped-call]
         settle()
         rate = self.factor(clock.step)

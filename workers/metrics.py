@@ -62,6 +62,31 @@ def _auc_of_groups(positives: np.ndarray, negatives: np.ndarray) -> float | None
     return float(np.sum(positives * (below + 0.5 * negatives), dtype=np.float64) / total)
 
 
+class RankingMetrics:
+    """Collects nDCG@k person by person; mergeable across workers."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._sum, self._people = 0.0, 0
+
+    def update(self, found: np.ndarray, wanted: np.ndarray) -> None:
+        """nDCG@k float64 [B], and how many items each should find [B]: those with none are left out."""
+        self._sum += float(found[wanted > 0].sum())
+        self._people += int(np.count_nonzero(wanted))
+
+    def merge(self, others: Iterable[RankingMetrics]) -> RankingMetrics:
+        """Adds what others collected; returns itself."""
+        for other in others:
+            self._sum += other._sum
+            self._people += other._people
+        return self
+
+    def compute(self) -> dict[str, Any]:
+        """{ndcg_at_K, samples}: the mean over all people with something to find (None without any), their number."""
+        mean = self._sum / self._people if self._people else None
+        return {f"ndcg_at_{self.k}": mean, "samples": self._people}
+
+
 @dataclass
 class BinaryMetrics:
     """Collects logits and labels batch by batch; mergeable across workers.

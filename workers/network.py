@@ -19,6 +19,7 @@ from .embeddings.collection import EmbeddingBagCollection
 from .embeddings.planning import EmbeddingConfig, plan_features
 from .embeddings.ticket import Ticket
 from .models.build import ModelConfig, build_model
+from .objectives import objective_of, ranked
 
 
 class NetworkSpec(BaseModel):
@@ -35,8 +36,18 @@ class NetworkSpec(BaseModel):
     def plan(
         cls, schema: Schema, embedding: EmbeddingConfig, model: ModelConfig, optimizer: Optimizer, seed: int
     ) -> NetworkSpec:
-        """Raises EmbeddingError: features that cannot be as asked, or of a width that the model cannot take."""
-        features = plan_features(schema, embedding, seed)
+        """A ranker's items to be found are a column of the data, but no feature.
+
+        Raises:
+            EmbeddingError: features that cannot be as asked, or of a width that the model cannot take. DataError:
+                columns that the model cannot do without.
+        """
+        embedded = schema
+        if model.ranks:
+            model = ranked(model, schema)
+            left = [column for column in schema.categorical if column.name != model.target]
+            embedded = schema.model_copy(update={"categorical": left})
+        features = plan_features(embedded, embedding, seed)
         if not features:
             raise EmbeddingError("data.categorical: no columns, so there is nothing to embed; name at least one")
         other = next((f for f in features if f.dim != features[0].dim), None)
@@ -49,11 +60,12 @@ class NetworkSpec(BaseModel):
 
 
 class Network(nn.Module):
-    """From a batch's dense columns and pulled rows to logits. Its parameters are those that every worker holds."""
+    """From a batch's dense columns and pulled rows to a model's outputs. Its parameters are those of every worker."""
 
     def __init__(self, spec: NetworkSpec, store: Store, device: torch.device) -> None:
         super().__init__()
         self.spec = spec
+        self.objective = objective_of(spec.model)
         self.embeddings = EmbeddingBagCollection(spec.features, store=store, optimizer=spec.optimizer, device=device)
         self.model = build_model(
             spec.model,
@@ -71,9 +83,9 @@ class Network(nn.Module):
                 )
 
     def forward(self, dense: Tensor, ticket: Ticket) -> Tensor:
-        """dense float32 [B, D] and the ticket of the batch's ids -> logits [B]."""
-        logits: Tensor = self.model(dense, self.embeddings(ticket))
-        return logits
+        """dense float32 [B, D] and the ticket of the batch's ids -> logits [B], or a ranker's scores [B, items]."""
+        outputs: Tensor = self.model(dense, self.embeddings(ticket))
+        return outputs
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Literal
 from ..datasets.files import load_schema
 from ..datasets.schema import DataError
 from .embeddings.collection import distinct_tables
-from .embeddings.planning import build_method, plan_features
+from .embeddings.planning import build_method
 from .job import TrainingJob
+from .network import NetworkSpec
 
 # With `auto`: most bytes of tables and optimizer state that every worker holds.
 REPLICATED_BYTES = 256 << 20
@@ -26,7 +27,8 @@ def choose_placement(job: TrainingJob) -> tuple[Literal["sharded", "replicated"]
     if job.data.path is None:
         raise DataError("data.path: nothing to train on; give a Parquet file, a folder of them or a URL")
     optimizer = job.optimizer.sparse.update
-    features = plan_features(load_schema(job.data.path, job.data), job.embedding, job.seed)
+    schema = load_schema(job.data.path, job.data)
+    features = NetworkSpec.plan(schema, job.embedding, job.model, optimizer, job.seed).features
     tables = distinct_tables([build_method(feature, optimizer) for feature in features])
     size = 4 * sum(table.rows * (table.width + table.optimizer.state_width(table.width)) for table in tables)
     chosen: Literal["sharded", "replicated"] = "replicated" if size <= REPLICATED_BYTES else "sharded"

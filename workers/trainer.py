@@ -20,7 +20,6 @@ from .evaluate import best_auc, measure
 from .group import Group
 from .job import CheckpointConfig, TrainConfig, TrainingJob
 from .learner import Learner
-from .metrics import BinaryMetrics
 from .network import Network, NetworkSpec, dense_tensors, describe, load_dense, methods_of
 from .pipeline import Pipeline
 from .progress import Meter
@@ -274,7 +273,7 @@ class _Run:
         with self.meter.pause():
             begin = time.perf_counter()
             mine = measure(self.network, self.eval_stream.batches(0))
-            result = BinaryMetrics().merge(self.group.gather(mine)).compute()
+            result = self.network.objective.metrics().merge(self.group.gather(mine)).compute()
             seconds = time.perf_counter() - begin
         shown = {key: value for key, value in result.items() if key != "samples"}
         self.report({"step": self.step, "steps_total": total, **shown, "eval_seconds": seconds})

@@ -17,7 +17,6 @@ from .embeddings.planning import EmbeddingSize
 from .evaluate import open_network, score
 from .export import TIMED_CALLS, TIMED_ROWS, random_batch, single_ids
 from .job import TrainingJob
-from .metrics import BinaryMetrics
 from .network import Network
 from .serving import ServingNetwork, embedding_parameters, load_tables, served_features
 from .trainer import train
@@ -26,9 +25,10 @@ from .trainer import train
 def run_trial(job: TrainingJob, blocks: int) -> dict[str, Any]:
     """Trains `job` with its tables in this process, divided into `blocks`; leaves nothing behind.
 
-    Returns validation and test ({auc, logloss, normalized_entropy, calibration, samples}: the even and the odd rows of
-    data.eval_path), embedding_bytes (as exported), model_bytes (with the dense part), training_bytes (embeddings in
-    training), steps, train_seconds and lookup_us (median of one thread composing the vectors of 64 samples).
+    Returns validation and test ({auc, logloss, normalized_entropy, calibration, samples}, of a ranker {ndcg_at_10,
+    samples}: the even and the odd rows of data.eval_path), embedding_bytes (as exported), model_bytes (with the dense
+    part), training_bytes (embeddings in training), steps, train_seconds and lookup_us (median of one thread composing
+    the vectors of 64 samples).
 
     Raises:
         DataError: no evaluation data. And what `trainer.train` raises.
@@ -63,14 +63,14 @@ def _measure(network: Network, job: TrainingJob) -> tuple[dict[str, Any], dict[s
         missing_id=data.missing_id,
         shuffle=False,
     )
-    halves = (BinaryMetrics(), BinaryMetrics())
+    halves = (network.objective.metrics(), network.objective.metrics())
     row = 0
     try:
-        for logits, labels in score(network, stream.batches(0)):
-            odd = (row + np.arange(len(labels))) % 2 == 1
+        for answers, truth in score(network, stream.batches(0)):
+            odd = (row + np.arange(len(truth))) % 2 == 1
             for half, chosen in zip(halves, (~odd, odd), strict=True):
-                half.update(logits[chosen], labels[chosen])
-            row += len(labels)
+                half.update(answers[chosen], truth[chosen])
+            row += len(truth)
     finally:
         stream.close()
     return halves[0].compute(), halves[1].compute()

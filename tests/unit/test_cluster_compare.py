@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 from embershard.cluster.cli import main
 from embershard.cluster.compare import Cell, Comparison, compare
 from embershard.cluster.compare_page import page
-from embershard.cluster.compare_results import table
+from embershard.cluster.compare_results import student_t, table
 from embershard.cluster.config import RunConfig
 from embershard.cluster.errors import ConfigError
 from embershard.cluster.progress import ProgressReporter
@@ -106,14 +107,43 @@ def test_every_method_chooses_by_validation_rows_and_ratios_follow_the_best_full
     assert results["trials_per_method"] == len(hashed["trials"]) == len(full["trials"]) == 4
     assert [run["seed"] for run in hashed["runs"]] == [5, 6, 7]
     # test logloss: full 0.6 throughout; hash 0.60, 0.62, 0.64
-    assert hashed["logloss"] == pytest.approx(
-        {"mean": 0.62, "deviation": 0.02, "difference": 0.02, "difference_deviation": 0.02}
-    )
+    quality = hashed["logloss"]
+    names = ("mean", "deviation", "difference", "difference_deviation", "change")
+    assert [quality[name] for name in names] == pytest.approx([0.62, 0.02, 0.02, 0.02, 0.02 / 0.6])
+    half = scipy.stats.t.ppf(0.975, 2) * 0.02 / 3**0.5
+    assert quality["interval"] == pytest.approx([0.02 - half, 0.02 + half], rel=1e-4)
+    assert quality["change_interval"] == pytest.approx([end / 0.6 for end in quality["interval"]])
     assert full["logloss"]["difference"] == 0
     names = [cell.name for cell in recorder.ran]
     assert len(names) == len(set(names)) == 3 * 4 + 3 * 2  # the trial with the first seed is the first run
     rates = {cell.job.optimizer.sparse.learning_rate for cell in recorder.ran if cell.choice.rate == 3}
     assert rates == {3 * config.optimizer.sparse.learning_rate}
+
+
+def test_quantiles_are_those_of_student() -> None:
+    for freedom in (*range(1, 15), 29, 100):
+        assert student_t(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=2e-4), freedom
+
+
+def test_rankers_choose_the_highest_ndcg(config: RunConfig, tmp_path: Path, quiet: ProgressReporter) -> None:
+    def ranked(cell: Cell) -> dict[str, Any]:
+        def at(value: float) -> dict[str, Any]:
+            return {"ndcg_at_10": value, "samples": 10}
+
+        found = 0.4 if cell.choice.width == 4 else 0.3
+        worse = 0.0 if cell.method == "full" else 0.02 + 0.01 * cell.seed
+        return invented(cell) | {"validation": at(found), "test": at(0.5 - worse)}
+
+    asked = comparison(widths=(8, 4))
+    results = json.loads(json.dumps(compare(config, asked, tmp_path, Recorder(ranked), quiet)))
+    full, hashed = results["rows"]
+    assert full["choice"]["width"] == hashed["choice"]["width"] == 4
+    assert [trial["validation"]["ndcg_at_10"] for trial in hashed["trials"]] == [0.3, 0.4]
+    assert hashed["ndcg_at_10"]["change"] == pytest.approx(-0.05) and "auc" not in hashed
+    shown = table(results)[1]["nDCG@10 - full"]
+    assert re.fullmatch(r"-0.02500 \[-0.08853, \+0.03853\] -5.0 %", shown), shown
+    html = page(results)
+    assert html.count("<svg") == 1 and "nDCG@10 on test people against size" in html and "AUC" not in html
 
 
 def test_an_interrupted_comparison_goes_on(config: RunConfig, tmp_path: Path, quiet: ProgressReporter) -> None:

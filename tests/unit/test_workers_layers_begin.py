@@ -10,8 +10,20 @@ from embershard.workers.embeddings import layers as nn
 N, D = 60, 6
 
 
-def test_memcom_begins_as_the_hashing_trick() -> None:
+def test_memcom_begins_with_the_vectors_of_a_full_table_which_ids_of_a_row_share() -> None:
+    n = 20_000
+    made = nn.MEmCom(n, 16, hashed_rows=1000, bias=True, mode="sum")
+    with torch.no_grad():
+        vectors = made(torch.arange(n).unsqueeze(1))
+    assert torch.equal(vectors, vectors[:1000].repeat(20, 1))
+    assert vectors.var().item() == pytest.approx(1 / (3 * n), rel=0.05)
+    assert made.hashed.abs().max().item() == pytest.approx(made.weight[0].item(), rel=0.01)
+
+
+def test_memcom_with_weights_of_one_is_the_hashing_trick() -> None:
     made = nn.MEmCom(N, D, hashed_rows=9, bias=True, mode="sum")
+    with torch.no_grad():
+        made.weight.fill_(1)
     ids = torch.tensor([[4], [13], [4], [58]])
     plain = torch.nn.Embedding.from_pretrained(made.hashed.detach().clone(), freeze=False)
     expected = plain(ids[:, 0] % 9)

@@ -14,9 +14,11 @@ from .full import full_row_map
 class MEmCom(Method):
     """e(i) = V[i] U[h(i)] (+ B[i]): `hashed` U, m x d; `weight` V and with `bias` B, n x 1 each, added everywhere.
 
-    h is id mod m or a seeded hash. U begins as the full table would, V as 1 and B as 0: the hashing trick, from which
-    training departs (ours; the abstract names no initial values). Ids that share a row differ by a factor, and by a
-    shift with a bias, so V costs what it does whatever m is: the ratio stays below d, or d / 2 with a bias.
+    h is id mod m or a seeded hash. U begins as U(+-n^-1/4), V as n^-1/4 and B as 0: vectors as the full table has them,
+    but equal for ids that share a row, the hashing trick, from which training departs. Both factors begin at one scale,
+    so that one learning rate suits both: with V = 1 beside a U of the full table's scale, V hardly moves. (Ours; the
+    abstract names no initial values.) Ids that share a row differ by a factor, and by a shift with a bias, so V costs
+    what it does whatever m is: the ratio stays below d, or d / 2 with a bias.
     Sizes: `rows` m, or `ratio`. A feature with at most `threshold` (200) rows, or with no more numbers than memcom
     would need, stays full.
     """
@@ -26,9 +28,10 @@ class MEmCom(Method):
 
     def __init__(self, feature: Feature, optimizer: Optimizer) -> None:
         n, rows = feature.full_rows, _rows(feature)
-        # As the full table of n rows, not as one of m: V = 1 leaves the magnitudes as they are.
-        uniform = Initializer(kind="uniform", scale=(1 / n) ** 0.5)
-        shapes = [("hashed", rows, feature.dim, uniform), ("weight", n, 1, Initializer(kind="constant", scale=1.0))]
+        # Vectors begin as those of the full table of n rows, U(+-n^-1/2), and both factors at one scale.
+        scale = n**-0.25
+        uniform, same = Initializer(kind="uniform", scale=scale), Initializer(kind="constant", scale=scale)
+        shapes = [("hashed", rows, feature.dim, uniform), ("weight", n, 1, same)]
         if feature.bias:
             shapes.append(("bias", n, 1, Initializer(kind="constant", scale=0.0)))
         tables = [

@@ -19,7 +19,10 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, dense: Tensor, vectors: Tensor) -> Tensor:
-        """dense float32 [B, D], vectors float32 [B, F, d], or [B, m] per sample -> logits [B]. B may be 0."""
+        """dense float32 [B, D], vectors float32 [B, F, d], or [B, m] per sample -> logits [B]. B may be 0.
+
+        A ranker gives scores of all items, [B, items].
+        """
 
 
 def mlp(widths: Sequence[int], generator: torch.Generator, *, linear_last: bool) -> nn.Sequential:
