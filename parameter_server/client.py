@@ -208,9 +208,11 @@ class _Stream:
     def _read(self) -> None:
         assembler = Assembler()
         reason = "the stream ended"
+        spoke = False
         never: Refusal | None = None  # why no repetition could be answered
         try:
             for frame in self._answers:
+                spoke = True
                 done = assembler.add(frame)
                 if done is None:
                     continue
@@ -226,7 +228,7 @@ class _Stream:
                 on_answer(reply, newer)
         except grpc.RpcError as error:
             reason = f"{error.code().name} {error.details()}"
-            if why := self._security.diagnose(self.address, error):
+            if not spoke and (why := self._security.diagnose(self.address, error)):
                 never = Refusal(INVALID, why)
         except FrameError as error:
             reason = str(error)

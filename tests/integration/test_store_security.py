@@ -19,7 +19,8 @@ from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import SERVICE, StoreClient
 from embershard.parameter_server.kernels import locate
 from embershard.parameter_server.protocol import shard_pb2 as pb
-from embershard.parameter_server.protocol.frames import encode
+from embershard.parameter_server.protocol.frames import MAX_OPEN_CALLS, encode
+from embershard.parameter_server.requests import RowSet
 from embershard.parameter_server.security import Security
 from embershard.parameter_server.server import ShardServer
 from embershard.parameter_server.shard import Shard
@@ -82,6 +83,11 @@ def push_and_pull(store: StoreClient) -> None:
     part, _ = locate(store.layout.slabs[0], np.zeros(1, np.int32), np.array([0, 10]), rows, store.block_map.rank())
     store.push([part], [grads], [1.0]).result()
     np.testing.assert_array_equal(store.pull([part]).result()[0], -grads)
+
+
+def one_row(store: StoreClient) -> tuple[RowSet, np.ndarray]:
+    slab, rank = store.layout.slabs[0], store.block_map.rank()
+    return locate(slab, np.zeros(1, np.int32), np.array([0, 1]), np.zeros(1, np.int64), rank)
 
 
 def call_exchange(channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
@@ -167,6 +173,15 @@ def test_a_refused_message_is_never_parsed(monkeypatch: pytest.MonkeyPatch) -> N
         assert parsed == [b"\xff garbage"]
 
 
+def test_more_calls_than_a_stream_takes_at_once() -> None:
+    """They wait for each other, and every one is answered."""
+    with serving(token=TOKEN) as address, Store.connect(address, token=TOKEN) as store:
+        push_and_pull(store)
+        part, _ = one_row(store)
+        for answer in [store.pull([part]) for _ in range(2 * MAX_OPEN_CALLS)]:
+            np.testing.assert_array_equal(answer.result()[0], -np.ones((1, WIDTH)))
+
+
 @pytest.mark.parametrize("token", [None, OTHER])
 def test_a_client_without_the_token_fails_at_once(token: str | None, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
@@ -190,9 +205,7 @@ def test_a_stream_whose_token_is_refused_is_not_repeated() -> None:
         for link in store._links.values():
             link.close()
         store._links.clear()
-        part, _ = locate(
-            store.layout.slabs[0], np.zeros(1, np.int32), np.array([0, 1]), np.arange(1), store.block_map.rank()
-        )
+        part, _ = one_row(store)
         with pytest.raises(StoreError, match="the token is not the one"):
             store.pull([part]).result(timeout=15)
         store.close()
