@@ -114,7 +114,12 @@ def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict
 
 
 def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """The transport beside a raw socket and bare gRPC; real pulls and pushes beside the socket loop with a kernel."""
+    """The transport beside a raw socket and bare gRPC; real pulls and pushes beside the socket loop with a kernel.
+
+    With RAY_USE_TLS, also over mutual TLS beside plain (docs/security.md).
+    """
+    from ..parameter_server.security import Certificates
+
     module, contenders, wanted = "parameter_server.rpc_bench", [], {}
     sizes = ("64k", "1024k", "4096k", "16384k", "65536k")
     for kind, widths, names in (
@@ -130,6 +135,13 @@ def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
                 for reading in (f"{direction}_{size}" for direction in ("pull", "push") for size in sizes):
                     ratio = f"{label.replace('.', '_')}_{reading}_over_{peer}"
                     wanted[ratio] = (f"grpc.{label}.{reading}_gbps", f"{peer}.{label}.{reading}_gbps")
+    if Certificates.of_environment() is not None:
+        contenders.append(_contender("mtls.real.d16", module, "grpc", width=16, ready=False, mtls=True))
+        for reading in (f"{direction}_{size}" for direction in ("pull", "push") for size in sizes):
+            wanted[f"real_d16_{reading}_mtls_over_plain"] = (
+                f"mtls.real.d16.{reading}_gbps",
+                f"grpc.real.d16.{reading}_gbps",
+            )
     return run_rounds(contenders, rounds, tell).summary(wanted)
 
 

@@ -62,7 +62,7 @@ def examine() -> list[Finding]:
     """All findings; a check that itself breaks is a finding, not an error."""
     findings = [_package(name) for name in PACKAGES]
     checks: tuple[Callable[[], Finding], ...] = (
-        _python, _cpus, _memory, _gpus, _open_files, _shared_memory, _temporary, _kernel_cache, _loopback,
+        _python, _cpus, _memory, _gpus, _open_files, _shared_memory, _temporary, _kernel_cache, _loopback, _tls, _token,
     )  # fmt: skip
     for check in checks:
         try:
@@ -164,3 +164,26 @@ def _loopback() -> Finding:
     if proxies and "127.0.0.1" not in exempt:
         return Finding("loopback", "warn", f"{proxies[0]} is set", "export no_proxy=127.0.0.1,localhost for gRPC")
     return Finding("loopback", "ok", "127.0.0.1 answers")
+
+
+def _tls() -> Finding:
+    from ..parameter_server.security import Certificates
+    from ..parameter_server.store import SecurityError
+
+    try:
+        found = Certificates.of_environment()
+    except SecurityError as error:
+        return Finding("tls", "fail", str(error), "see docs/security.md")
+    if found is None:
+        return Finding("tls", "ok", "off: rows between machines can be read on their way; RAY_USE_TLS=1 encrypts them")
+    return Finding("tls", "ok", f"on and mutual, with {found.certificate}")
+
+
+def _token() -> Finding:
+    from ..parameter_server.security import token_source
+    from ..parameter_server.store import SecurityError
+
+    try:
+        return Finding("token", "ok", f"every call to a shard must show it: {token_source()}")
+    except SecurityError as error:
+        return Finding("token", "fail", str(error), "see docs/security.md")

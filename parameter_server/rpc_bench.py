@@ -191,8 +191,10 @@ def _indices(width: int, rows_of_table: int) -> list[np.ndarray]:
     return [rng.permutation(rows_of_table)[: max(SIZES) // (4 * width)] for _ in range(4)]
 
 
-def grpc_store(width: int, ready: bool) -> dict[str, float]:
-    """Through the real client and server; `ready`: no kernel at either end."""
+def grpc_store(width: int, ready: bool, mtls: bool = False) -> dict[str, float]:
+    """Through the real client and server; `ready`: no kernel at either end; `mtls`: as RAY_USE_TLS says."""
+    if not mtls:
+        os.environ.pop("RAY_USE_TLS", None)
     with shard_processes(1, width=width, ready=ready) as (addresses, (pid,)), StoreClient.connect(addresses) as store:
         store.create_tables([_table(width)])
         (slab,) = store.layout.slabs

@@ -230,6 +230,13 @@ def run_token(namespace: str) -> SecretStr:
     return SecretStr(secrets.token_hex(32))
 
 
+def token_source() -> str:
+    """Where `run_token` takes a run's token from, in words. Raises SecurityError."""
+    if given_token() is not None:
+        return f"given by {TOKEN if os.environ.get(TOKEN) else TOKEN_FILE}"
+    return "each run has its own, derived from Ray's" if _ray_token() is not None else "each run has its own"
+
+
 def given_token() -> SecretStr | None:
     """EMBERSHARD_TOKEN, or the content of EMBERSHARD_TOKEN_FILE, or None. Raises SecurityError."""
     if token := os.environ.get(TOKEN):

@@ -19,7 +19,7 @@ from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import SERVICE, StoreClient
 from embershard.parameter_server.kernels import locate
 from embershard.parameter_server.protocol import shard_pb2 as pb
-from embershard.parameter_server.protocol.frames import MAX_OPEN_CALLS, encode
+from embershard.parameter_server.protocol.frames import MAX_OPEN_CALLS, Decoded, encode
 from embershard.parameter_server.requests import RowSet
 from embershard.parameter_server.security import Security
 from embershard.parameter_server.server import ShardServer
@@ -146,21 +146,21 @@ def test_an_unknown_method_is_refused_like_any_other() -> None:
 
 
 def test_a_refused_message_is_never_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither parser is reached, and the answer does not even wait for the message to be complete."""
+    """Neither parser is reached, and the answer does not even wait for the message."""
     parsed: list[bytes] = []
     monkeypatch.setattr(pb.ControlRequest, "FromString", lambda message: parsed.append(message))
     monkeypatch.setattr("embershard.parameter_server.server.Assembler.add", lambda _, frame: parsed.append(frame))
     never = threading.Event()
 
-    def endless() -> Iterator[bytes]:
-        yield b"first"
+    def unsent() -> Iterator[bytes]:
         never.wait(20)
+        yield b"too late"
 
     with serving(token=TOKEN) as address, grpc.insecure_channel(address) as channel:
         for call in (
             lambda: channel.unary_unary(f"/{SERVICE}/Control")(b"\xff garbage", timeout=5),
-            lambda: next(channel.stream_stream(f"/{SERVICE}/Exchange")(endless(), timeout=5)),
-            lambda: channel.stream_unary(f"/{SERVICE}/Control")(endless(), timeout=5),
+            lambda: next(channel.stream_stream(f"/{SERVICE}/Exchange")(unsent(), timeout=5)),
+            lambda: channel.stream_unary(f"/{SERVICE}/Control")(unsent(), timeout=5),
         ):
             with pytest.raises(grpc.RpcError) as refused:
                 call()
@@ -175,11 +175,12 @@ def test_a_refused_message_is_never_parsed(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_more_calls_than_a_stream_takes_at_once() -> None:
     """They wait for each other, and every one is answered."""
-    with serving(token=TOKEN) as address, Store.connect(address, token=TOKEN) as store:
-        push_and_pull(store)
-        part, _ = one_row(store)
-        for answer in [store.pull([part]) for _ in range(2 * MAX_OPEN_CALLS)]:
-            np.testing.assert_array_equal(answer.result()[0], -np.ones((1, WIDTH)))
+    calls = range(1, 2 * MAX_OPEN_CALLS)
+    empty = pb.Request().SerializeToString()
+    with serving() as address, grpc.insecure_channel(address) as channel:
+        stream = channel.stream_stream(f"/{SERVICE}/Exchange")(frame for n in calls for frame in encode(n, empty, []))
+        assert [Decoded(answer).call for answer, _ in zip(stream, calls, strict=False)] == list(calls)
+        stream.cancel()
 
 
 @pytest.mark.parametrize("token", [None, OTHER])

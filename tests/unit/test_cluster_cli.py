@@ -115,6 +115,22 @@ def test_doctor(run) -> None:  # type: ignore[no-untyped-def]
     assert result.json["ok"] is (result.code == 0)
 
 
+def test_doctor_says_what_guards_the_shards(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from embershard.cluster.doctor import _tls, _token
+
+    for name in ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_AUTH_MODE", "EMBERSHARD_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    secret = "0123456789abcdef"
+    monkeypatch.setenv("EMBERSHARD_TOKEN", secret)
+    assert _tls().level == "ok" and _tls().value.startswith("off: ")
+    assert _token().value.endswith("given by EMBERSHARD_TOKEN") and secret not in repr(_token())
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setenv("EMBERSHARD_TOKEN", "short")
+    result = run("doctor")
+    assert result.code == 1
+    assert "RAY_TLS_SERVER_CERT is not set" in result.out and "at least 16 printable" in result.out
+
+
 def test_an_interrupt_is_130_and_one_line(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """typer turns KeyboardInterrupt into a value that it returns; it must not become exit code 0."""
 

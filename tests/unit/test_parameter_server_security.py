@@ -7,7 +7,14 @@ import hmac
 from pathlib import Path
 
 import pytest
-from embershard.parameter_server.security import Certificates, Security, given_token, is_loopback, run_token
+from embershard.parameter_server.security import (
+    Certificates,
+    Security,
+    given_token,
+    is_loopback,
+    run_token,
+    token_source,
+)
 from embershard.parameter_server.store import SecurityError
 
 GIVEN = "a-token-that-was-given"
@@ -38,6 +45,7 @@ def test_a_given_token_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert run_token("run").get_secret_value() == "from-a-file-0123456789"
     monkeypatch.setenv("EMBERSHARD_TOKEN", GIVEN)
     assert run_token("run").get_secret_value() == GIVEN
+    assert token_source() == "given by EMBERSHARD_TOKEN"
     assert Security.of_process().token.get_secret_value() == GIVEN
     assert Security.of_process("given-by-argument-1").token.get_secret_value() == "given-by-argument-1"
 
@@ -55,12 +63,14 @@ def test_else_it_is_derived_from_rays(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert run_token("a").get_secret_value() == derived("path", "a")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "variable")
     assert run_token("b").get_secret_value() == derived("variable", "b")
+    assert token_source() == "each run has its own, derived from Ray's"
     assert given_token() is None  # a tool outside is not handed it silently: another run's would be wrong
 
 
 def test_else_it_is_random_and_new_for_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "not asked for without RAY_AUTH_MODE=token")
     tokens = {run_token("a").get_secret_value() for _ in range(3)}
+    assert token_source() == "each run has its own"
     assert len(tokens) == 3 and {len(token) for token in tokens} == {64}
 
 

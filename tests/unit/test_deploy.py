@@ -1,0 +1,68 @@
+"""Files to apply: they fit KubeRay's own schema, name no field that it does not know, and hold no secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMAS = ROOT.parent / "shared" / "schemas" / "kuberay-1.7"
+MANIFEST = ROOT / "deploy" / "kuberay" / "ray-cluster.yaml"
+
+
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(MANIFEST.read_text()))
+
+
+def ray_cluster() -> dict[str, Any]:
+    (found,) = (document for document in documents() if document["kind"] == "RayCluster")
+    return found
+
+
+def strict(schema: Any) -> Any:
+    """The schema where a field that it does not know is an error: Kubernetes would drop it without a word."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        made.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
+    return made
+
+
+def schema_of_ray_cluster() -> dict[str, Any]:
+    file = SCHEMAS / "ray.io_rayclusters.yaml"
+    if not file.exists():
+        pytest.skip(f"KubeRay's schemas are not at {SCHEMAS}")
+    versions = yaml.load(file.read_text(), yaml.CSafeLoader)["spec"]["versions"]
+    (found,) = (version for version in versions if version["name"] == "v1")
+    schema = strict(found["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    return dict(schema)
+
+
+def test_the_cluster_fits_the_schema() -> None:
+    import jsonschema
+
+    schema, cluster = schema_of_ray_cluster(), ray_cluster()
+    jsonschema.validate(cluster, schema)
+    for wrong in ({"tlsOption": {"enabled": True}}, {"authOptions": {"mode": "tokens"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(cluster | {"spec": cluster["spec"] | wrong}, schema)
+
+
+def test_every_pod_has_token_and_tls_and_no_secret_stands_here() -> None:
+    cluster = ray_cluster()["spec"]
+    assert cluster["authOptions"] == {"mode": "token"} and cluster["tlsOptions"] == {"enabled": True}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        mounted = {volume["name"]: volume.get("secret", {}).get("secretName") for volume in pod["volumes"]}
+        (container,) = pod["containers"]
+        (path,) = (entry["value"] for entry in container["env"] if entry["name"] == "EMBERSHARD_TOKEN_FILE")
+        folders = {mount["mountPath"]: mounted[mount["name"]] for mount in container["volumeMounts"]}
+        assert folders[str(Path(path).parent)] == "embershard"
+    assert all(document["kind"] != "Secret" for document in documents())
