@@ -46,13 +46,13 @@ def schema_of_ray_cluster() -> dict[str, Any]:
 
 
 def test_the_cluster_fits_the_schema() -> None:
-    import jsonschema
+    from jsonschema import Draft7Validator
 
-    schema, cluster = schema_of_ray_cluster(), ray_cluster()
-    jsonschema.validate(cluster, schema)
+    # Not through `validate`, which checks the schema itself, all megabytes of it.
+    validator, cluster = Draft7Validator(schema_of_ray_cluster()), ray_cluster()
+    assert [error.message for error in validator.iter_errors(cluster)] == []
     for wrong in ({"tlsOption": {"enabled": True}}, {"authOptions": {"mode": "tokens"}}):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(cluster | {"spec": cluster["spec"] | wrong}, schema)
+        assert not validator.is_valid(cluster | {"spec": cluster["spec"] | wrong})
 
 
 def test_every_pod_has_token_and_tls_and_no_secret_stands_here() -> None:
