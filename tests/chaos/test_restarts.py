@@ -75,13 +75,19 @@ class Run:
         summary: dict[str, Any] = json.loads(out.splitlines()[-1])
         return summary
 
-    def fault(self, process: str) -> float:
-        """Kills one after FAULT_AFTER steps; returns the seconds until the next step, to 10 steps exact."""
+    def fault(self, process: str, number: signal.Signals = signal.SIGKILL, *, back_after: float | None = None) -> float:
+        """Sends one a signal after FAULT_AFTER steps; returns the longest time without a step, to 10 steps exact.
+
+        back_after: seconds after which it gets SIGCONT.
+        """
         self.wait_until(lambda: self.steps() and self.steps()[-1]["step"] >= FAULT_AFTER, "the fault")
         victim = processes(process)[0]
         before = len(self.steps())
         killed = time.time()
-        victim.send_signal(signal.SIGKILL)
+        victim.send_signal(number)
+        if back_after is not None:
+            time.sleep(back_after)  # what this is about: for so long the process does not exist for anybody
+            victim.send_signal(signal.SIGCONT)
         # What was on its way when the process died is no step after the fault.
         self.wait_until(lambda: len(self.steps()) > before + 3, "the next steps")
         gaps = [record["time"] for record in self.steps()[before - 1 :]]
@@ -170,6 +176,30 @@ def test_a_shard_without_a_journal_is_killed(home: Path, in_peace: Any) -> None:
     assert_nothing_lost_or_doubled(summary, in_peace(TWO))
     assert summary["restarts"] == 1 and summary["steps_redone"] > 0
     assert "all shards begin afresh" in run.notes and "are done again" in run.notes
+
+
+def test_a_shard_with_a_journal_is_killed(home: Path, in_peace: Any) -> None:
+    """Nobody else has to begin again, and nothing is done twice."""
+    run = Run(home, "shard-journal", *TWO, "store.durability=journal")
+    seconds = run.fault("ShardActor")
+    summary = run.finish()
+    note_of("shard killed, journal", seconds, summary)
+    assert_nothing_lost_or_doubled(summary, in_peace(TWO))
+    assert (summary["restarts"], summary["steps_redone"]) == (0, 0)
+    assert "nothing acknowledged is lost" in run.notes
+    assert not list((run.folder / "journal").glob("*/*")), "journals of a run that has ended"
+
+
+@pytest.mark.parametrize("back_after", [3.0, None], ids=["three-seconds", "for-good"])
+def test_a_shard_is_stopped(home: Path, in_peace: Any, back_after: float | None) -> None:
+    """It goes on if it is back within its lease; after that its process is ended and its journal repeated."""
+    run = Run(home, f"stopped-{back_after}", *TWO, "store.durability=journal", "cluster.lease=8")
+    seconds = run.fault("ShardActor", signal.SIGSTOP, back_after=back_after)
+    summary = run.finish()
+    note_of(f"shard stopped {'for 3 s' if back_after else 'for good'}, lease 8 s", seconds, summary)
+    assert_nothing_lost_or_doubled(summary, in_peace(TWO))
+    assert (summary["restarts"], summary["steps_redone"]) == (0, 0)
+    assert ("did not answer for" in run.notes) == (back_after is None)
 
 
 def test_the_coordinator_is_killed(home: Path, in_peace: Any) -> None:
