@@ -14,7 +14,7 @@ from .blocks import BlockMap
 from .requests import Completed
 from .shard import Shard
 from .snapshot import Snapshot
-from .store import BusyError, StoreError
+from .store import BusyError, FencedError, StoreError
 from .tables import TableSpec
 
 SETTLE_POLL_SECONDS = 0.001
@@ -93,18 +93,26 @@ class Administration:
         if older:  # whoever asked for these checkpoints is gone, or fenced
             self._give_up([*self._cuts.values(), *self._written.values()])
 
-    def reset(self, epoch: int) -> None:
+    def reset(self, epoch: int, generation: int | None = None) -> None:
+        self._fence(generation)
         self._expect(epoch)
         self.shard.reset()
 
-    def mark(self, epoch: int) -> int:
+    def mark(self, epoch: int, generation: int | None = None) -> int:
         """Cuts, if the caller's block map is this shard's own: otherwise a block might be in no cut, or in two."""
+        self._fence(generation)
         self._give_up(self._cuts.values())  # nobody came to write it: its number was lost on the way
         number = next(self._numbers)
         with self.shard.lock:
             self._expect(epoch)
             self._cuts[number] = self.shard.mark()
         return number
+
+    def _fence(self, generation: int | None) -> None:
+        """Nobody of another generation changes what the running one has loaded, nor takes away its cut."""
+        running = self.shard.clocks.generation
+        if generation not in (None, running) and not failpoints.active("fence"):
+            raise FencedError(f"shard {self.shard.number}: generation {generation} is refused: {running} is running")
 
     def _expect(self, epoch: int) -> None:
         if (own := self.shard.block_map.epoch) != epoch:
@@ -127,11 +135,15 @@ class Administration:
         for snapshot in list(cuts):
             snapshot.close()
 
-    def check_load(self, directory: str, tables: dict[str, str], epoch: int) -> None:
+    def check_load(self, directory: str, tables: dict[str, str], epoch: int, generation: int | None = None) -> None:
+        self._fence(generation)
         self._expect(epoch)
         restore.check_load(self.shard, directory, tables)
 
-    def load(self, directory: str, tables: dict[str, str], epoch: int) -> dict[str, list[str]]:
+    def load(
+        self, directory: str, tables: dict[str, str], epoch: int, generation: int | None = None
+    ) -> dict[str, list[str]]:
+        self._fence(generation)
         self._expect(epoch)
         return restore.load_blocks(self.shard, directory, tables)
 

@@ -57,6 +57,7 @@ class ShardedStore(Store):
         self.counters = Counters()
         self.client = secrets.randbits(63)
         self._sequence = itertools.count(1)
+        self._generation: int | None = None  # that this store began
         self._pushes = threading.Semaphore(MAX_OPEN_PUSHES)
         self._background = ThreadPoolExecutor(max_workers=len(block_map.addresses) + 2)
         self._timer = _Timer()
@@ -111,9 +112,10 @@ class ShardedStore(Store):
     def begin(self, generation: int, workers: int, step: int) -> None:
         arguments = {"generation": generation, "workers": workers, "step": step}
         self._when_free(lambda: self.control_all("begin", arguments))
+        self._generation = generation
 
     def reset(self) -> None:
-        self._when_free(lambda: self.control_all("reset", {"epoch": self.block_map.epoch}))
+        self._when_free(lambda: self.control_all("reset", self._stand()))
 
     def pull(self, parts: Sequence[RowSet], clock: Clock | None = None) -> Future[list[np.ndarray]]:
         self.counters.pulls += 1
@@ -243,7 +245,7 @@ class ShardedStore(Store):
         tensors: Mapping[str, np.ndarray] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> Future[dict[str, Any]]:
-        cuts = self._when_free(lambda: self.control_all("mark", {"epoch": self.block_map.epoch}))
+        cuts = self._when_free(lambda: self.control_all("mark", self._stand()))
         dense = {name: np.array(tensor) for name, tensor in (tensors or {}).items()}
 
         def write() -> dict[str, Any]:
@@ -271,9 +273,13 @@ class ShardedStore(Store):
 
     def _load(self, arguments: dict[str, Any]) -> None:
         """Every shard verifies before any changes a row; again from the start if blocks change hands meanwhile."""
-        arguments = {**arguments, "epoch": self.block_map.epoch}
+        arguments = arguments | self._stand()
         self.control_all("check_load", arguments)
         self.control_all("load", arguments)
+
+    def _stand(self) -> dict[str, Any]:
+        """By what a shard knows that this store speaks of the same blocks and belongs to the running generation."""
+        return {"epoch": self.block_map.epoch, "generation": self._generation}
 
     def _when_free(self, action: Callable[[], T]) -> T:
         """Repeats what a shard is too busy for, until this store's timeout."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,8 +76,8 @@ def value(servers: Servers) -> float:
     return values.pop()
 
 
-def test_a_worker_of_the_past_changes_nothing(servers: Servers) -> None:
-    """It pushes before, while and after the next generation goes back to the beginning."""
+def test_a_worker_of_the_past_changes_nothing(servers: Servers, tmp_path: Path) -> None:
+    """It pushes before, while and after the next generation goes back to the beginning, and would go back itself."""
     with StoreClient.connect(servers.announce(2).addresses[0]) as old:
         old.create_tables([TABLE])
         old.begin(1, 1, 0)
@@ -91,6 +92,11 @@ def test_a_worker_of_the_past_changes_nothing(servers: Servers) -> None:
                 late.result()
             with pytest.raises(FencedError):
                 subtract_one(old, Clock(1, 3)).result()
+            cut = new.save(str(tmp_path / "new"))
+            for action in (old.reset, lambda: old.save(str(tmp_path)), lambda: old.load(str(tmp_path / "new"))):
+                cut.result()
+                with pytest.raises(FencedError, match="2 is running"):
+                    action()
             assert value(servers) == -1
             assert sum(s["fenced"] for s in new.statistics()) >= 2
 
