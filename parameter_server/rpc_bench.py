@@ -36,6 +36,7 @@ from .client import StoreClient
 from .memory import SlabMemory
 from .optimizers import apply
 from .protocol.frames import CHANNEL_OPTIONS, FRAME_BYTES
+from .recovery import open_shard
 from .requests import Completed, PullReply, PullRequest, PushReply, PushRequest, RowSet
 from .server import ShardServer
 from .shard import Shard
@@ -65,10 +66,10 @@ def _table(width: int) -> TableSpec:
     return TableSpec(name="t", rows=TABLE_BYTES // (4 * width), width=width, optimizer=OPTIMIZER)
 
 
-def _serve_shard(width: int, ready: bool, number: int, pipe: Connection) -> None:
+def _serve_shard(width: int, ready: bool, journal: str | None, number: int, pipe: Connection) -> None:
     keep_freed_memory()
     kernels.warm_up()
-    shard = (ReadyShard if ready else Shard)(number, Layout(BLOCKS))
+    shard = ReadyShard(number, Layout(BLOCKS)) if ready else open_shard(number, BLOCKS, 0, journal=journal)[0]
     if isinstance(shard, ReadyShard):
         shard.ready = np.ones((max(SIZES) // (4 * width), width), np.float32)
     pipe.send(ShardServer(shard).start())
@@ -77,12 +78,18 @@ def _serve_shard(width: int, ready: bool, number: int, pipe: Connection) -> None
 
 
 @contextmanager
-def shard_processes(shards: int, *, width: int = 0, ready: bool = False) -> Iterator[tuple[tuple[str, ...], list[int]]]:
-    """(addresses, process ids) of a store's shards, each in a process of its own, for as long as the block runs."""
+def shard_processes(
+    shards: int, *, width: int = 0, ready: bool = False, journal: str | None = None
+) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+    """(addresses, process ids) of a store's shards, each in a process of its own, for as long as the block runs.
+
+    journal: a folder in which each shard keeps its journal.
+    """
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(shards)]
     processes = [
-        context.Process(target=_serve_shard, args=(width, ready, i, pipes[i][1]), daemon=True) for i in range(shards)
+        context.Process(target=_serve_shard, args=(width, ready, folder, i, pipes[i][1]), daemon=True)
+        for i, folder in enumerate(None if journal is None else f"{journal}/shard-{i}" for i in range(shards))
     ]
     try:
         for process in processes:
