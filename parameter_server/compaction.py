@@ -20,8 +20,8 @@ from .journal import FileJournal
 from .records import JournalError
 from .shard import Shard
 from .snapshot import Snapshot
-from .store import BusyError
-from .tables import TableSpec
+from .store import BusyError, StoreError
+from .tables import TableError, TableSpec
 
 FORMAT = 1
 
@@ -62,7 +62,7 @@ class Compaction:
 
     def _grown(self, size: int) -> None:
         """Called with the shard's lock held."""
-        if size > self._due and not self._running:
+        if size > self._due and not self._running and not self._shard.moving:
             self._running = True
             threading.Thread(target=self._run, name=f"compaction-{self._shard.number}", daemon=True).start()
 
@@ -71,7 +71,7 @@ class Compaction:
             self._due = max(self._journal_bytes, self.write())
         except BusyError:
             pass  # the next record asks again
-        except (JournalError, CheckpointError, OSError, KeyError):
+        except (StoreError, TableError, CheckpointError, OSError, KeyError):
             self._journal.snapshot_failures += 1
             self._due = self._journal.size + self._journal_bytes  # a disk that is full is not asked at every push
         finally:
@@ -82,17 +82,16 @@ class Compaction:
 
         Raises:
             JournalError, CheckpointError: it cannot be written. KeyError: a block that it needed was overwritten.
-            BusyError: blocks are on their way.
+            BusyError: blocks are on their way. TableError: no address space for a cut.
         """
         shard, journal = self._shard, self._journal
         with shard.lock:
             if shard.moving:  # what has arrived of a block stands in the journal alone
                 raise BusyError(f"shard {shard.number} is changing blocks with other shards")
             number, first = journal.roll()
-            cut = shard.mark_local()
             content = _describe(shard, first)
+            cut = shard.mark_local()
         folder = str(journal.snapshot_folder(number))
-        failpoints.hit("journal.segment")
         try:
             entries = _write_blocks(cut, folder)
             failpoints.hit("snapshot.manifest")
@@ -125,6 +124,7 @@ def _describe(shard: Shard, first: int) -> LocalManifest:
 def _write_blocks(cut: Snapshot, folder: str) -> list[BlockEntry]:
     entries = []
     with cut:
+        failpoints.hit("journal.segment")
         for block in cut.blocks:
             failpoints.hit("snapshot.block")
             entries.append(write_block(folder, block, cut.take(block)))
@@ -147,7 +147,7 @@ def read_snapshot(shard: Shard, journal: FileJournal, number: int) -> int:
         shard.clocks.restore(manifest.generation, manifest.workers, manifest.done, manifest.early)
         for entry in manifest.files:
             shard.load_block(entry.block, read_tensors(folder, entry))
-    except (CheckpointError, ValidationError, ValueError, KeyError, OverflowError, IndexError) as error:
+    except (CheckpointError, StoreError, ValidationError, ValueError, KeyError, OverflowError, IndexError) as error:
         raise JournalError(f"local snapshot {folder} cannot be used: {error}") from error
     return manifest.first_record
 

@@ -201,7 +201,7 @@ class FileJournal:
         for number, path in self._numbered("segment-"):
             if number < snapshot:
                 path.unlink()
-                self._older.pop(number, None)
+        self._older = {number: size for number, size in self._older.items() if number >= snapshot}
 
     def port(self) -> int:
         """Where the shard listened last; 0 if that is not known."""

@@ -98,7 +98,7 @@ def decode_tensors(header: bytes, payload: np.ndarray) -> tuple[dict[str, Any], 
                 raise JournalError(f"tensor {name!r} has {size} bytes where {len(payload) - at} are left")
             tensors[name] = payload[at : at + size].view(dtype).reshape(shape)
             at += size + -size % ALIGNMENT
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise JournalError(f"the tensors of a record are not described: {error!r}") from None
     return content, tensors
 

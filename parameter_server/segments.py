@@ -1,6 +1,6 @@
 """The file format of a journal: a header, and records one after another. See docs/durability.md.
 
-    header  72 bytes: magic, format, shard, blocks, seed, number of the segment, number of its first record, checksum
+    header  56 bytes: magic, format, shard, blocks, seed, number of the segment, number of its first record, checksum
     record  head: magic, kind, pieces, number, header bytes, payload bytes; (bytes, checksum) of each piece; checksum of
             all of that
             header, filled up to a multiple of 8; payload: the other pieces one after another, filled up likewise
