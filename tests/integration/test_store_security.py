@@ -116,7 +116,17 @@ def call_reflection(channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]
     next(stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=5))
 
 
-METHODS = [call_exchange, call_control, call_health, call_health_watch, call_reflection]
+def call_transfer(channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+    request = pb.TransferRequest(block=0).SerializeToString()
+    next(channel.unary_stream(f"/{SERVICE}/Transfer")(request, metadata=metadata, timeout=5))
+
+
+METHODS = [call_exchange, call_control, call_transfer, call_health, call_health_watch, call_reflection]
+
+
+def test_every_method_of_the_shard_is_tried_here() -> None:
+    service = pb.DESCRIPTOR.services_by_name["Shard"]
+    assert {f"call_{method.name.lower()}" for method in service.methods} <= {call.__name__ for call in METHODS}
 
 
 @pytest.mark.parametrize("call", METHODS, ids=lambda call: call.__name__)
