@@ -17,8 +17,8 @@ def documents() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(MANIFEST.read_text()))
 
 
-def ray_cluster() -> dict[str, Any]:
-    (found,) = (document for document in documents() if document["kind"] == "RayCluster")
+def document(kind: str) -> dict[str, Any]:
+    (found,) = (document for document in documents() if document["kind"] == kind)
     return found
 
 
@@ -49,14 +49,14 @@ def test_the_cluster_fits_the_schema() -> None:
     from jsonschema import Draft7Validator
 
     # Not through `validate`, which checks the schema itself, all megabytes of it.
-    validator, cluster = Draft7Validator(schema_of_ray_cluster()), ray_cluster()
+    validator, cluster = Draft7Validator(schema_of_ray_cluster()), document("RayCluster")
     assert [error.message for error in validator.iter_errors(cluster)] == []
     for wrong in ({"tlsOption": {"enabled": True}}, {"authOptions": {"mode": "tokens"}}):
         assert not validator.is_valid(cluster | {"spec": cluster["spec"] | wrong})
 
 
 def test_every_pod_has_token_and_tls_and_no_secret_stands_here() -> None:
-    cluster = ray_cluster()["spec"]
+    cluster = document("RayCluster")["spec"]
     assert cluster["authOptions"] == {"mode": "token"} and cluster["tlsOptions"] == {"enabled": True}
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
@@ -66,3 +66,12 @@ def test_every_pod_has_token_and_tls_and_no_secret_stands_here() -> None:
         folders = {mount["mountPath"]: mounted[mount["name"]] for mount in container["volumeMounts"]}
         assert folders[str(Path(path).parent)] == "embershard"
     assert all(document["kind"] != "Secret" for document in documents())
+
+
+def test_only_the_clusters_own_pods_may_connect_to_them() -> None:
+    pods = {"matchLabels": {"ray.io/cluster": document("RayCluster")["metadata"]["name"]}}
+    assert document("NetworkPolicy")["spec"] == {
+        "podSelector": pods,
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"podSelector": pods}]}],
+    }
