@@ -120,7 +120,12 @@ class StoreClient(ShardedStore):
         if shard >= len(addresses):
             on_answer(ConnectionError(f"shard {shard} has left the store"), None)
             return
-        sent = self._link(addresses[shard]).send(request, timeout, self.widths, on_answer, self.counters)
+        try:
+            link = self._link(addresses[shard])
+        except SecurityError as error:  # our own certificate's files are being renewed: they were good at the start
+            on_answer(ConnectionError(str(error)), None)
+            return
+        sent = link.send(request, timeout, self.widths, on_answer, self.counters)
         self.counters.add("wire_bytes", sent)
 
     def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:

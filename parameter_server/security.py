@@ -152,7 +152,7 @@ class Security:
             first = self._shake_hands(host.strip("[]"), int(port))
             # Twice, because a shard that is just ending may look the same once.
             return first if first is not None and first == self._shake_hands(host.strip("[]"), int(port)) else None
-        except OSError:  # nobody listens, or nobody answers
+        except (OSError, SecurityError):  # nobody listens or answers; or our own files are being renewed
             return None
 
     def _shake_hands(self, host: str, port: int) -> str | None:

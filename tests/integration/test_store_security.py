@@ -230,6 +230,24 @@ def test_mutual_tls_and_token_from_the_environment(authorities, tmp_path: Path) 
         push_and_pull(store)
 
 
+def test_certificates_that_are_being_renewed_are_waited_for(authorities) -> None:
+    """A connection that must be opened while a file is away is opened when it is back: nothing fails, nothing hangs."""
+    ours = authorities[0].issue("renewed")
+    key = Path(ours["RAY_TLS_SERVER_KEY"])
+    with serving(ours) as address, environment(ours), Store.connect(address, timeout=30) as store:
+        push_and_pull(store)
+        part, _ = one_row(store)
+        for link in store._links.values():
+            link.close()
+        store._links.clear()
+        away = key.rename(key.with_suffix(".away"))
+        waiting = store.pull([part])
+        assert not waiting.done()
+        away.rename(key)
+        np.testing.assert_array_equal(waiting.result(timeout=20)[0], -np.ones((1, WIDTH)))
+        assert store.counters.retries > 0
+
+
 @pytest.mark.parametrize(
     ("server", "client", "message"),
     [
