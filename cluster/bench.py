@@ -18,6 +18,8 @@ from typing import Any
 from .errors import RunFailed
 
 CONTENDER_SECONDS = 600
+TEXT_ROWS = 500_000
+HUGGING_FACE = ["datasets==5.2.0", "dill", "pandas", "xxhash", "multiprocess", "huggingface-hub", "httpx", "tqdm"]
 TORCHREC = ["torchrec==1.8.0", "torchmetrics==1.0.3", "tensordict", "iopath", "pyre-extensions", "tqdm"]
 
 
@@ -83,8 +85,9 @@ def run_rounds(contenders: Sequence[Contender], rounds: int, tell: Callable[[str
 
 
 def _measure(contender: Contender) -> dict[str, float]:
+    # -P: from a checkout, `datasets` in the current folder would be taken for Hugging Face's.
     done = subprocess.run(
-        [contender.python, "-m", *contender.command], capture_output=True, text=True, timeout=CONTENDER_SECONDS
+        [contender.python, "-P", "-m", *contender.command], capture_output=True, text=True, timeout=CONTENDER_SECONDS
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -145,19 +148,38 @@ def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
     return run_rounds(contenders, rounds, tell).summary(wanted)
 
 
-def bench_stream(rounds: int, path: str | None, rows: int, tell: Callable[[str], None]) -> dict[str, Any]:
+def bench_stream(
+    rounds: int, path: str | None, rows: int, with_peers: bool, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """A shuffled epoch beside bare pyarrow decoding into numpy, one decoding thread each; without `path` on `rows`
-    generated rows of Criteo Kaggle's cardinalities."""
+    generated rows of Criteo Kaggle's cardinalities. And a conversion of TEXT_ROWS rows beside pyarrow.csv.
+
+    with_peers: also Ray Data, and Hugging Face datasets in an environment built for it.
+    """
+    from ..datasets.bench import write_text
     from ..datasets.synthetic import KAGGLE, generate
 
+    module = "datasets.bench"
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
             path = str(Path(folder, "log"))
             tell(f"generating {rows:,} rows")
             generate(path, rows=rows, cardinalities=KAGGLE)
-        contenders = [_contender(name, "datasets.bench", name, path=path) for name in ("ours", "pyarrow")]
+        text = Path(folder, "text.tsv")
+        write_text(text, TEXT_ROWS)
+        contenders = [_contender(name, module, name, path=path) for name in ("ours", "pyarrow")]
+        contenders += [_contender(name, module, name, text=str(text)) for name in ("convert", "pyarrow_csv")]
+        if with_peers:
+            contenders.append(_contender("ray_data", module, "ray_data", path=path))
+            command = (f"embershard.{module}", "hugging_face", json.dumps({"path": path}))
+            contenders.append(Contender("hugging_face", command, _python_beside("Hugging Face", HUGGING_FACE, tell)))
         comparison = run_rounds(contenders, rounds, tell)
-    return comparison.summary({"ours_over_pyarrow": ("ours.rows_per_second", "pyarrow.rows_per_second")})
+    rate = "rows_per_second"
+    wanted = {
+        f"ours_over_{peer}": (f"ours.{rate}", f"{peer}.{rate}") for peer in ("pyarrow", "ray_data", "hugging_face")
+    }
+    wanted["convert_over_pyarrow_csv"] = (f"convert.{rate}", f"pyarrow_csv.{rate}")
+    return comparison.summary(wanted)
 
 
 def bench_train(
@@ -183,7 +205,7 @@ def bench_train(
         if with_torchrec:
             arguments = json.dumps({"path": str(path), "dim": dim, "port": _free_port()})
             command = ("embershard.workers.torchrec_bench", arguments)
-            contenders.append(Contender("torchrec", command, _torchrec_python(tell)))
+            contenders.append(Contender("torchrec", command, _python_beside("TorchRec", TORCHREC, tell)))
         comparison = run_rounds(contenders, rounds, tell)
     rate = "samples_per_second"
     wanted = {
@@ -201,25 +223,26 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _torchrec_python(tell: Callable[[str], None]) -> str:
-    """An environment that sees this one's packages and adds TorchRec, whose wheel asks for FBGEMM's CUDA build."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "embershard", "torchrec-1.8.0")
+def _python_beside(name: str, packages: Sequence[str], tell: Callable[[str], None]) -> str:
+    """The Python of an environment that sees this one's packages and adds others, the first without what it asks for
+    (TorchRec's wheel asks for FBGEMM's CUDA build)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "embershard", packages[0].replace("==", "-"))
     python = cache / "bin" / "python"
     ready = cache / "ready"
     if ready.exists():
         return str(python)
-    tell(f"building an environment for TorchRec in {cache}")
+    tell(f"building an environment for {name} in {cache}")
     here = next(path for path in sys.path if path.endswith("site-packages"))
     try:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(cache)], check=True, capture_output=True)
-        packages = next(cache.glob("lib/python*/site-packages"))
+        site = next(cache.glob("lib/python*/site-packages"))
         # A site folder, not a path alone: an editable installation is found by the .pth file in it.
-        (packages / "beside.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+        (site / "beside.pth").write_text(f"import site; site.addsitedir({here!r})\n")
         install = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*install, "--no-deps", TORCHREC[0]], check=True, capture_output=True, text=True)
-        subprocess.run([*install, *TORCHREC[1:]], check=True, capture_output=True, text=True)
+        subprocess.run([*install, "--no-deps", packages[0]], check=True, capture_output=True, text=True)
+        subprocess.run([*install, *packages[1:]], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         last = (str(error.stderr).strip().splitlines() or ["no output"])[-1]
-        raise RunFailed(f"bench: the environment for TorchRec could not be built in {cache}: {last}") from None
+        raise RunFailed(f"bench: the environment for {name} could not be built in {cache}: {last}") from None
     ready.touch()
     return str(python)

@@ -37,13 +37,16 @@ def stream(
     rounds: Rounds = 7,
     data: Annotated[str | None, typer.Option(help="Parquet to read; without it, a generated log.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to generate.")] = 2_000_000,
+    with_peers: Annotated[
+        bool, typer.Option(help="Also Ray Data, and Hugging Face datasets in an environment built for it.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Streaming Parquet into shuffled batches, beside bare pyarrow; with peak resident memory."""
+    """Streaming Parquet into shuffled batches, beside bare pyarrow; converting text, beside pyarrow.csv."""
     from .bench import bench_stream
 
-    _show(bench_stream(rounds, data, rows, _tell), as_json)
+    _show(bench_stream(rounds, data, rows, with_peers, _tell), as_json)
 
 
 @bench.command(epilog="Example: embershard bench train --dim 128 --with-torchrec")

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
+from .decode import RowGroupReader
 from .footers import DataFile, is_list, is_string, read_footers
 from .schema import (
     FREQUENT_IDS,
@@ -34,9 +35,13 @@ def load_schema(path: str, config: DataConfig | None = None) -> Schema:
     """The schema of the data set at `path`, from its files' metadata; columns named in `config` take precedence.
 
     Raises:
-        DataError: files of different columns, or files that were not written by embershard and no columns named.
+        DataError: files of different columns, columns that are missing or of a type that their role does not allow, or
+            files that were not written by embershard and no columns named.
     """
-    return schema_of(path, read_footers(path), config)
+    files = read_footers(path)
+    schema = schema_of(path, files, config)
+    RowGroupReader(files, schema)  # said before anything is started, not when the first row is read
+    return schema
 
 
 def schema_of(path: str, files: Sequence[DataFile], config: DataConfig | None = None) -> Schema:
@@ -93,7 +98,7 @@ def _select(schema: Schema, file: DataFile, config: DataConfig) -> Schema:
     chosen = {
         "dense": _match(config.dense, "data.dense", file, named, _is_number, schema.dense_names),
         "categorical": _match(config.categorical, "data.categorical", file, named, _is_plain, plain),
-        "bags": _match(config.bags, "data.bags", file, named, is_list, bags),
+        "bags": _match(config.bags, "data.bags", file, named, _is_bag, bags),
     }
     _check_roles(label, chosen)
     if unknown := sorted(set(config.bag_weights) - set(chosen["bags"])):
@@ -123,6 +128,10 @@ def _is_number(found: pa.DataType) -> bool:
 
 def _is_plain(found: pa.DataType) -> bool:
     return bool(pa.types.is_integer(found) or is_string(found))
+
+
+def _is_bag(found: pa.DataType) -> bool:
+    return is_list(found) and _is_plain(found.value_type)
 
 
 def _match(

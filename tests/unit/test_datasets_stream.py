@@ -211,6 +211,8 @@ def test_missing_column_and_wrong_types(tmp_path):
     ):
         write(tmp_path, {"a.parquet": table(**{column: values})})
         assert refused(tmp_path).endswith(f"a.parquet: column '{column}' is {wanted}")
+        with pytest.raises(DataError, match=f"a.parquet: column '{column}' is "):
+            load_schema(str(tmp_path), CONFIG)  # known before a row is read
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [0, 1, None], [0.0, 1.0, 0.5], [0, 1, 300]])
