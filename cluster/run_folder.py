@@ -181,7 +181,7 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-_NO_SCALARS = {"step", "generation"}
+_NO_SCALARS = {"step", "time", "generation"}
 
 
 def _scalars(metrics: Mapping[str, Any], above: str = "") -> list[tuple[str, float]]:

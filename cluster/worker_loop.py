@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -46,7 +47,8 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
 
     def report(record: dict[str, Any]) -> None:
         # Fire and forget: training never waits for its own progress line.
-        coordinator.report.remote({"generation": joined.generation, **record})
+        now = round(time.time(), 3)  # not when the driver hears of it: a coordinator may be restarting in between
+        coordinator.report.remote({"time": now, "generation": joined.generation, **record})
 
     stop = StopFlag(coordinator)
     # Asked for, not assigned: Ray Train shows the assignment in its dashboard and state files.
