@@ -127,6 +127,7 @@ class _Session:
             lambda: _worker_group().start_workers(self.config, self.folder, namespace), self._ask_to_stop
         )
         news = self.members.poll()
+        self._take(news)
         again = {"restarts": news.restarts, "steps_redone": news.steps_redone}
         summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary | again
         if self.interrupt.asked and summary.get("stopped"):

@@ -124,7 +124,7 @@ class ShardGroup:
             except ActorUnavailableError:
                 continue  # it, or the way to it, may come back
             except RayActorError as error:
-                shard.ended = one_line(error)[:300]
+                shard.ended = _ending(error)
                 continue
             shard.liveness.answered(now, pulse.now)
             pulses.append(pulse)
@@ -263,6 +263,13 @@ def end_named(namespace: str, *, but: Sequence[str] = ()) -> None:
     for number, group in ray.util.placement_group_table().items():
         if group["name"] == namespace and group["state"] != "REMOVED":
             remove_placement_group(_place(number))
+
+
+def _ending(error: RayActorError) -> str:
+    """Ray's reason, without the actor's particulars around it."""
+    text = one_line(error)
+    reason = text.partition("The actor is dead because ")[2].partition(" Worker exit")[0]
+    return (reason or text)[:300].rstrip(".")
 
 
 def _place(group: str) -> PlacementGroup:

@@ -16,11 +16,13 @@ from embershard.cluster.restarts import RestartPolicy
 from embershard.cluster.run_folder import RunFolder, read_metrics, read_run
 from embershard.cluster.run_state import Member, RunState, ShardPlan
 from embershard.cluster.shard_actor import Pulse
+from embershard.cluster.shard_group import _ending
 from embershard.datasets.schema import DataError
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.store import FencedError
 from embershard.workers.embeddings.gradients import GradientError
 from pydantic import SecretStr
+from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -113,6 +115,13 @@ def test_no_restart_is_left_for_a_shard_whose_rows_are_lost(coordinator: Any) ->
     coordinator._state.restarts = PLAN.max_restarts
     coordinator._begin_afresh("shard 1 died: killed")
     assert coordinator.poll().problem == "shard 1 died: killed"
+
+
+def test_how_a_shard_ended_in_few_words() -> None:
+    """As Ray 2.60 words it."""
+    told = "pid: 7\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR detail: ..."
+    assert _ending(RayActorError(None, told)) == "its worker process has died"
+    assert _ending(RayActorError(None, "gone.")) == "RayActorError: gone"
 
 
 def failed(*causes: Exception) -> WorkerGroupError:
