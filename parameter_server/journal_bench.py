@@ -3,7 +3,8 @@
     python -m embershard.parameter_server.journal_bench '{"folder": "/var/tmp"}'
 
 Both stores are of one shard in a process of its own; rounds alternate, and the ratio is the median of the paired ones.
-`pushes` are sent as fast as they are acknowledged; a `step` is a pull and, when it is answered, a push.
+`pushes` are sent as fast as they are acknowledged; a `step` is a pull and, when it is answered, a push. On a
+machine that does other things, the shard's CPU time says more than the clock.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 
 from .client import StoreClient
 from .kernels import locate, warm_up
-from .rpc_bench import shard_processes
+from .rpc_bench import process_cpu, shard_processes
+from .store import Store
 from .tables import Optimizer, TableSpec
 
 TABLES, ROWS, SAMPLES = 26, 200_000, 2048
@@ -39,16 +41,17 @@ def beside(
     with ExitStack() as stack:
         journal = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
         runs: dict[str, dict[str, Callable[[], None]]] = {}
+        pids = {}
         for name, where in (("none", None), ("journal", journal)):
-            addresses, _ = stack.enter_context(shard_processes(1, journal=where))
+            addresses, (pids[name],) = stack.enter_context(shard_processes(1, journal=where))
             store = stack.enter_context(StoreClient.connect(addresses))
             store.create_tables(specs)
             runs[name], rows = _exchanges(store, steps, seed)
-        readings = _alternate(runs, rounds, steps)
+        readings = _alternate(runs, pids, rounds, steps)
     return {"readings": readings, "rows_per_push": rows, "bytes_per_push": rows * (4 + 4 * width)}
 
 
-def _exchanges(store: StoreClient, steps: int, seed: int) -> tuple[dict[str, Callable[[], None]], float]:
+def _exchanges(store: Store, steps: int, seed: int) -> tuple[dict[str, Callable[[], None]], float]:
     rng = np.random.default_rng(seed)
     (slab,) = store.layout.slabs
     tables, segments = np.arange(TABLES, dtype=np.int32), np.arange(TABLES + 1) * SAMPLES
@@ -75,19 +78,24 @@ def _cycle(parts: list[Any], count: int) -> list[Any]:
     return [parts[i % len(parts)] for i in range(count)]
 
 
-def _alternate(runs: dict[str, dict[str, Callable[[], None]]], rounds: int, steps: int) -> dict[str, Any]:
-    """Per exchange: the median per second of each, and the median, least and largest of journal / none."""
+def _alternate(
+    runs: dict[str, dict[str, Callable[[], None]]], pids: dict[str, int], rounds: int, steps: int
+) -> dict[str, Any]:
+    """Per exchange: the medians of both, and the median, least and largest of journal / none per second."""
     readings = {}
     for exchange in ("pushes", "steps"):
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(rounds + 1):
+        busy: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(rounds + 1):  # the first one does not count
             for name in sorted(runs, reverse=turn % 2 == 0):
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), process_cpu(pids[name])
                 runs[name][exchange]()
                 seconds[name].append(time.perf_counter() - start)
+                busy[name].append(process_cpu(pids[name]) - cpu)
         ratios = [none / journal for none, journal in zip(seconds["none"][1:], seconds["journal"][1:], strict=True)]
         readings[exchange] = {
             **{f"{name}_per_second": steps / statistics.median(taken[1:]) for name, taken in seconds.items()},
+            **{f"{name}_shard_cpu_ms": 1e3 * statistics.median(taken[1:]) / steps for name, taken in busy.items()},
             "ratio": statistics.median(ratios),
             "least": min(ratios),
             "largest": max(ratios),
