@@ -149,10 +149,17 @@ def read_manifest(directory: str) -> Manifest:
             f"checkpoint {directory} has format {content.get('format')}; this version reads format {FORMAT}"
         )
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise CheckpointError(f"checkpoint {directory}: {MANIFEST} has no valid {where}") from error
+    if [entry.block for entry in manifest.files] != list(range(len(manifest.files))):
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} does not list every block once")
+    if len(manifest.files) != manifest.blocks:
+        raise CheckpointError(
+            f"checkpoint {directory}: {MANIFEST} lists {len(manifest.files)} of {manifest.blocks} blocks"
+        )
+    return manifest
 
 
 def verify(directory: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 import numpy as np
 from fsspec import AbstractFileSystem
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
@@ -28,8 +28,8 @@ class FileEntry(BaseModel):
     """A file of a checkpoint: its path inside, its size, and the BLAKE2b (256 bits) of its bytes."""
 
     model_config = ConfigDict(extra="forbid")
-    file: str
-    bytes: int
+    file: str = Field(pattern=r"^(blocks|dense)/[^/]+$")
+    bytes: int = Field(ge=0)
     digest: str
 
 
@@ -104,7 +104,8 @@ def read_file(directory: str, file: str, limit: int) -> bytes:
     fs, root = fsspec.core.url_to_fs(directory)
     try:
         with fs.open(join(root, file), "rb") as source:
-            return bytes(source.read(limit + 1))
+            # Python allocates what `read` is asked for, so it is never asked for more than there is.
+            return bytes(source.read((limit if source.size is None else min(limit, source.size)) + 1))
     except FileNotFoundError as error:
         advice = "this is not a finished checkpoint" if file == MANIFEST else "use an older checkpoint"
         raise CheckpointError(f"checkpoint {directory}: {file} is missing; {advice}") from error

@@ -79,6 +79,7 @@ class FileJournal:
         return {
             "journal_bytes": self.size,
             "journal_failures": self.failures,
+            "journal_torn_bytes": self.torn_bytes,
             "local_snapshots": self.snapshots,
             "local_snapshot_failures": self.snapshot_failures,
         }

@@ -15,6 +15,21 @@ def mix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
+def checksum(data: bytes) -> int:
+    """The 64 bits that guard a piece of a journal: four lanes over words of 8 bytes, what is left over one by one."""
+    words = [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data) & -8, 8)]
+    tail = data[len(words) * 8 :]
+    lanes = [1, 2, 3, 4]
+    whole = len(words) - len(words) % 4
+    for i, word in enumerate(words[:whole]):
+        mixed = ((lanes[i % 4] ^ word) * 0x9FB21C651E98DF25) & MASK
+        lanes[i % 4] = mixed ^ (mixed >> 29)
+    total = 0
+    for value in (*lanes, *words[whole:], *tail, len(words) << 3 ^ len(tail)):
+        total = mix64(total ^ value)
+    return total
+
+
 def permute(row: int, n: int, key: int) -> int:
     """Four Feistel rounds over the bits of n - 1, walked until the result is below n."""
     bits = (n - 1).bit_length()

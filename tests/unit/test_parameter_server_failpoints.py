@@ -96,3 +96,16 @@ def test_without_its_guard_a_shard_doubles_and_lets_the_old_generation_write() -
     failpoints.arm("fence=skip")
     push(2, 1, 2)
     assert weight() == pytest.approx(before - 3)
+
+
+def test_without_its_barrier_a_cut_shows_later_pushes() -> None:
+    shard = Shard(0, Layout(40))
+    shard.set_block_map(BlockMap.initial(40, ("",)))
+    shard.create_tables([TableSpec(name="t", rows=40, width=1, optimizer=Optimizer(kind="sgd"))])
+    one = RowSet(0, np.zeros(1, np.uint32), np.zeros(1, np.uint16), np.ones(1, np.uint32))
+    for points, torn in (("", False), ("cut=skip", True)):
+        failpoints.arm(points)
+        before = shard.export_block(0)["t/weight"].tobytes()
+        with shard.mark() as cut:
+            shard.push(PushRequest(1, 1 + torn, [one], [np.ones((1, 1), np.float32)], [1.0]), None, 0.0)
+            assert (cut.take(0)["t/weight"].tobytes() != before) == torn
