@@ -199,6 +199,9 @@ def bench_train(
             _contender(prefix, module, "ours", shards=shards, consistency=consistency, **common)
             for prefix, (shards, consistency) in variants.items()
         ]
+        contenders.append(
+            _contender("ours_2_journal", module, "ours", shards=2, consistency="bounded", journal=True, **common)
+        )
         contenders += [_contender(name, module, name, **common) for name in ("dense", "torch_adagrad")]
         if peers:
             contenders.append(_contender("fbgemm", module, "fbgemm", **common))
@@ -214,6 +217,7 @@ def bench_train(
         for peer in ("fbgemm", "torchrec", "torch_adagrad", "dense")
     }
     wanted |= {f"ours_over_{peer}": (f"ours_2_bounded.{rate}", f"{peer}.{rate}") for peer in ("fbgemm", "torchrec")}
+    wanted["journal_over_none"] = (f"ours_2_journal.{rate}", f"ours_2_bounded.{rate}")
     wanted["ours_over_torch_adagrad"] = (f"ours_2_bounded.{rate}", f"torch_adagrad.{rate}")
     return comparison.summary(wanted)
 

@@ -66,8 +66,9 @@ class FileJournal:
             holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(lock)
             raise JournalError(f"journal {self.folder} is being written by {holder}: end it first") from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk keeps nobody from holding it
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return lock
 
     @property
@@ -207,13 +208,14 @@ class FileJournal:
     def port(self) -> int:
         """Where the shard listened last; 0 if that is not known."""
         try:
-            text = (self.folder / _PORT).read_text()[:8].strip()
+            text = (self.folder / _PORT).read_bytes()[:8].decode(errors="replace").strip()
         except OSError:
             return 0
         return int(text) if text.isdecimal() and int(text) < 65536 else 0
 
     def remember_port(self, port: int) -> None:
-        (self.folder / _PORT).write_text(str(port))
+        with suppress(OSError):  # on a full disk clients have to be told where the shard is
+            (self.folder / _PORT).write_text(str(port))
 
     def close(self) -> None:
         """Lets go of the folder; nothing more can be appended."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -143,15 +144,19 @@ def fbgemm(path: str, dim: int, threads: int) -> dict[str, float]:
     return task.plain(lambda ids: tables(ids.reshape(-1), offsets).view(task.batch, len(task.rows), dim))
 
 
-def ours(path: str, dim: int, threads: int, shards: int, consistency: str) -> dict[str, float]:
-    """Our own training step over shards in processes of their own; `shards` 0: tables in this process."""
+def ours(path: str, dim: int, threads: int, shards: int, consistency: str, journal: bool = False) -> dict[str, float]:
+    """Our own training step over shards in processes of their own; `shards` 0: tables in this process.
+
+    journal: the shards write every push to a temporary folder on disk before they acknowledge it.
+    """
     kernels.warm_up()
     begin = time.perf_counter()
     task = _Task(path, dim, threads)
     with ExitStack() as stack:
         pids: list[int] = []
         if shards:
-            addresses, pids = stack.enter_context(shard_processes(shards))
+            folder = stack.enter_context(tempfile.TemporaryDirectory()) if journal else None
+            addresses, pids = stack.enter_context(shard_processes(shards, journal=folder))
             store: Store = stack.enter_context(Store.connect(addresses))
         else:
             store = stack.enter_context(Store.open())

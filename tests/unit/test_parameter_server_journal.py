@@ -277,8 +277,8 @@ def test_the_old_port_is_remembered_and_nonsense_is_not_believed(tmp_path: Path)
     assert journal.port() == 0
     journal.remember_port(4711)
     assert journal.port() == 4711
-    for nonsense in ("", "x", "-1", "99999", "1" * 100):
-        (tmp_path / "port").write_text(nonsense)
+    for nonsense in (b"", b"x", b"-1", b"99999", b"1" * 100, b"\xff\xfe"):
+        (tmp_path / "port").write_bytes(nonsense)
         assert journal.port() == 0
     journal.close()
 
