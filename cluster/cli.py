@@ -16,6 +16,7 @@ from .cli_bench import bench
 from .cli_compare import compare
 from .cli_data import convert, generate, inspect
 from .cli_export import export
+from .cli_scale import scale, status
 from .cli_train import evaluate, train
 from .doctor import doctor
 from .errors import INTERRUPTED, RUN_THREAD, exit_code, one_line
@@ -39,6 +40,8 @@ app.command()(compare)
 app.command()(convert)
 app.command()(generate)
 app.command()(inspect)
+app.command()(scale)
+app.command()(status)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
 

@@ -21,9 +21,12 @@ import ray
 from pydantic import SecretStr
 
 from ..parameter_server.blocks import BlockMap
+from ..parameter_server.client import StoreClient
 from . import run_state
 from .errors import RunFailed, one_line
+from .rescale import Rescale
 from .run_state import RunState, ShardPlan
+from .shard_actor import Pulse
 from .shard_group import NAME, ShardGroup, end_actor
 from .watchdog import Watchdog
 
@@ -33,13 +36,17 @@ MAX_RECORDS = 10_000  # reports kept for a driver that does not fetch them
 
 @dataclass
 class News:
-    """What happened since the last poll. problem: why the run cannot go on; the rest counts from the run's start."""
+    """What happened since the last poll. problem: why the run cannot go on; addresses: of the shards of now.
+
+    The rest counts from the run's start.
+    """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     problem: str | None = None
     generation: int = 0
     restarts: int = 0
     steps_redone: int = 0
+    addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Coordinator:
         self._records: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._problem: str | None = None
         self._ended = threading.Event()
+        self._scaling = threading.Lock()
+        self._rescale: Rescale | None = None
         self._repairing = False
         self._group: ShardGroup | None = None
         self._state = run_state.load(namespace)
@@ -120,6 +129,60 @@ class Coordinator:
         """The present one, for workers that do not reach a shard."""
         return self._running().block_map
 
+    def scale(self, shards: int) -> dict[str, Any]:
+        """Starts or ends shards and spreads all blocks over `shards` of them, while workers go on.
+
+        Returns `rescale.Progress.summary()`, shards, and milliseconds that pulls took meanwhile: pull_p50 and pull_p99
+        (of the slowest shard), pull_longest.
+
+        Raises:
+            TableError: more shards than the store's blocks can serve. RunFailed: no room, or scaling already.
+            RescaleError: blocks could not be moved; every block has one owner, and the call may be made again.
+        """
+        if not self._scaling.acquire(blocking=False):
+            raise RunFailed("this run is being scaled already; wait for that to end")
+        try:
+            state, group = self._running(), self._group
+            assert group is not None
+            BlockMap.initial(state.plan.blocks, ("",) * shards)
+            with self._changing:
+                group.grow(shards)
+                state.save()
+                group.announce(state.block_map)
+            result = self._move_blocks(shards)
+            with self._changing:
+                group.shrink(shards)
+                state.save()
+            self._note(f"{shards} shards now: {result['blocks_moved']} blocks moved in {result['seconds']:.1f} s")
+            return {"shards": shards, **result}
+        finally:
+            self._rescale = None
+            self._scaling.release()
+
+    def _move_blocks(self, shards: int) -> dict[str, Any]:
+        group = self._group
+        assert group is not None
+        with self._store() as store:
+            self._rescale = Rescale(store, group.addresses, self._write, alone=self._changing)
+            store.control_all("pull_times", {})
+            result = self._rescale.run(shards)
+            times = store.control_all("pull_times", {})
+        slowest = {name: max(t[name] for t in times) for name in ("p50", "p99", "longest")}
+        return result | {f"pull_{name}": value for name, value in slowest.items()}
+
+    def _store(self) -> StoreClient:
+        addresses = self._running().block_map.addresses
+        return StoreClient.connect(addresses, token=self._token, find_map=self.block_map)
+
+    def statistics(self) -> list[dict[str, Any]]:
+        """What every shard holds and has done."""
+        with self._store() as store:
+            return store.statistics()
+
+    def scale_progress(self) -> dict[str, Any] | None:
+        """`rescale.Progress.summary()` of the scaling under way, if any."""
+        return None if self._rescale is None else self._rescale.progress.summary()
+
     def token(self) -> SecretStr:
         """What the shards ask of every call."""
         return self._token
@@ -132,7 +195,8 @@ class Coordinator:
             self._records.clear()
             if (state := self._state) is None:
                 return News(records, self._problem)
-            return News(records, self._problem, state.generation, state.restarts, state.steps_redone)
+            counts = (state.generation, state.restarts, state.steps_redone)
+            return News(records, self._problem, *counts, state.block_map.addresses)
 
     def report(self, record: Mapping[str, Any]) -> None:
         """A record of a worker, for the driver; one of an older generation is dropped."""
@@ -189,11 +253,26 @@ class Coordinator:
         assert group is not None
         while not self._ended.wait(BEAT_SECONDS):
             try:
-                self._saw(group.beat(BEAT_SECONDS))
+                pulses = group.beat(BEAT_SECONDS)
+                self._saw(pulses)
+                self._remind(pulses)
                 if not self._repairing and group.lost():
                     self._repair(self._replace)
             except Exception as error:  # the cluster's head may be gone for a moment; without beats leases would end
                 self._note(f"the shards could not be looked after: {one_line(error)}")
+
+    def _remind(self, pulses: list[Pulse]) -> None:
+        """A shard that did not hear of a new block map is told again."""
+        group = self._group
+        assert group is not None
+        if not self._changing.acquire(blocking=False):
+            return  # whoever changes the map tells of it
+        try:
+            block_map = self._running().block_map
+            if any(pulse.epoch < block_map.epoch for pulse in pulses):
+                group.announce(block_map)
+        finally:
+            self._changing.release()
 
     def _repair(self, work: Callable[[], None]) -> None:
         """Beats go on while shards are replaced: on a thread of its own, one at a time."""
@@ -228,6 +307,9 @@ class Coordinator:
         for number, why in group.lost().items():
             if self._ended.is_set():
                 return
+            if number >= len(state.block_map.addresses):
+                group.restart_empty(number)  # it was to join, and owned nothing
+                continue
             if state.plan.journal is None:
                 self._begin_afresh(f"shard {number} {why}")
                 return
@@ -243,7 +325,9 @@ class Coordinator:
         """A shard that came back listens elsewhere, perhaps, and may have missed a block map."""
         state, group = self._running(), self._group
         assert group is not None
-        block_map, addresses = state.block_map, group.addresses()
+        block_map = state.block_map
+        addresses = group.addresses()[: len(block_map.addresses)]
+        group.cancel_moves()
         if addresses != block_map.addresses:
             self._commit(BlockMap(block_map.epoch + 1, block_map.owners, addresses))
         else:
@@ -270,12 +354,16 @@ class Coordinator:
 
     def _commit(self, block_map: BlockMap) -> None:
         """Written where it survives this process, then announced. `_changing` is held."""
-        state, group = self._running(), self._group
+        group = self._group
         assert group is not None
+        self._write(block_map)
+        group.announce(block_map)
+
+    def _write(self, block_map: BlockMap) -> None:
+        state = self._running()
         with self._lock:
             state.block_map, state.broken = block_map, None
             state.save()
-        group.announce(block_map)
 
     def _driver_is_gone(self) -> None:
         self.end()

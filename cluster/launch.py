@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -75,7 +76,7 @@ class Trainer:
         with ray_session(cluster.address, namespace, cluster.start_timeout) as address:
             if self.resume:
                 _end_leftovers(read_run(folder.path), address)
-            folder.update(ray_address=address, namespace=namespace)
+            folder.update(ray_address=address, ray_auth_mode=os.environ.get("RAY_AUTH_MODE"), namespace=namespace)
             members = _Members(namespace, cluster.driver_timeout, run_token(namespace))
             try:
                 return _Session(self.config, folder, members, interrupt, self.progress).run()
@@ -121,7 +122,7 @@ class _Session:
         started = time.monotonic()
         addresses = self._start_shards()
         self.progress.note(f"{len(addresses)} shards up after {time.monotonic() - started:.0f} s; starting workers")
-        self.folder.update(status="running", shards=list(addresses))
+        self.folder.update(status="running")
         namespace = self.members.namespace
         summary: dict[str, Any] = self._in_background(
             lambda: _worker_group().start_workers(self.config, self.folder, namespace), self._ask_to_stop
@@ -129,7 +130,7 @@ class _Session:
         news = self.members.poll()
         self._take(news)
         again = {"restarts": news.restarts, "steps_redone": news.steps_redone}
-        summary = {"run_dir": str(self.folder.path), "shards": len(addresses)} | summary | again
+        summary = {"run_dir": str(self.folder.path), "shards": len(news.addresses)} | summary | again
         if self.interrupt.asked and summary.get("stopped"):
             raise RunInterrupted(
                 f"stopped at step {summary['steps']}; go on with: embershard train {self.folder.path} --resume"
@@ -208,6 +209,8 @@ class _Session:
 
     def _take(self, news: News) -> None:
         self.folder.begin_generation(news.generation)
+        if news.addresses:
+            self.folder.shards_are(news.addresses)
         for record in news.records:
             if note := record.get("note"):
                 self.progress.note(str(note))

@@ -7,7 +7,7 @@ then on everything is repeated until it succeeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -50,7 +50,7 @@ class Phase(Enum):
 
     COPY = "copy"
     CATCH_UP = "catch up"
-    HOLD = "hold pulls"
+    CLOSE = "close gates"
     SETTLE = "settle"
     FINISH = "seal and finish"
     COMMIT = "commit"
@@ -133,11 +133,12 @@ class Migration:
         self.phase = Phase.COPY
         self.error: Exception | None = None
         self.copied_bytes = 0
+        self.on_hold: Callable[[], None] = lambda: None  # called when workers begin to be kept waiting
         self._old = range(len(block_map.addresses))
         self._joining = range(len(block_map.addresses), len(addresses))
         self._rounds = catch_up
-        self._step = 0
-        self._generation: dict[str, Any] = {}
+        self._gate: dict[str, int] = {}
+        self._clocks: dict[str, Any] = {}
 
     @property
     def ended(self) -> bool:
@@ -151,11 +152,6 @@ class Migration:
     def cancelling(self) -> bool:
         return self.phase in _CANCEL_ORDER
 
-    @property
-    def holds(self) -> bool:
-        """Whether pulls are held back, or about to be."""
-        return self.phase in _ORDER[_ORDER.index(Phase.HOLD) : -1]
-
     def calls(self) -> list[Call | Commit]:
         """What has to be done now, in any order or side by side."""
         match self.phase:
@@ -165,16 +161,18 @@ class Migration:
                 return self._fetch(changes=True)
             case Phase.FINISH:
                 return self._fetch(changes=True, seal=True)
-            case Phase.HOLD:
-                return self._all(self._old, "hold_pulls", after=0, seconds=HOLD_SECONDS)
+            case Phase.CLOSE:
+                self.on_hold()
+                return self._all(self._old, "close_gate", after=0, lag=0, seconds=HOLD_SECONDS)
             case Phase.SETTLE:
-                return self._all(self._old, "settle", step=self._step, hold=HOLD_SECONDS, seconds=SETTLE_SECONDS)
+                return self._all(self._old, "settle", **self._gate, hold=HOLD_SECONDS, seconds=SETTLE_SECONDS)
             case Phase.COMMIT:
                 return [Commit(self.after)]
             case Phase.BEGIN:
-                if self._generation["generation"] is None:
+                if self._clocks["generation"] is None:
                     return []
-                return self._all(self._joining, "begin", step=self._step, **self._generation)
+                where = {name: self._clocks[name] for name in ("generation", "workers")}
+                return self._all(self._joining, "begin", **where, step=self._clocks["done"][0])
             case Phase.ANNOUNCE_TO_TARGETS:
                 return self._all(sorted({move.target for move in self.moves}), "set_block_map", **described(self.after))
             case Phase.ANNOUNCE:
@@ -189,13 +187,13 @@ class Migration:
         match self.phase:
             case Phase.COPY | Phase.CATCH_UP | Phase.FINISH:
                 self.copied_bytes += sum(results)
-            case Phase.HOLD:
-                self._step = max(results)
+            case Phase.CLOSE:
+                self._gate = {name: max(result[name] for result in results) for name in ("step", "lag")}
             case Phase.SETTLE:
                 if (problem := self._unsettled(results)) is not None:
                     self.failed(problem)
                     return
-                self._generation = {name: results[0][name] for name in ("generation", "workers")}
+                self._clocks = results[0]
         if self.phase == Phase.CATCH_UP and self._rounds > 1:
             self._rounds -= 1
             return
@@ -206,10 +204,14 @@ class Migration:
         late = [str(shard) for shard, result in zip(self._old, results, strict=True) if not result["settled"]]
         if late:
             return TimeoutError(
-                f"shard {', '.join(late)} still waits for pushes up to step {self._step} after {SETTLE_SECONDS:g} s"
+                f"shard {', '.join(late)} still waits for pushes up to step {self._gate['step'] - self._gate['lag']} "
+                f"after {SETTLE_SECONDS:g} s"
             )
         if len({result["generation"] for result in results}) > 1:
             return InterruptedError("the workers are being started anew")
+        if self._joining and any(len(set(result["done"])) > 1 or any(result["early"]) for result in results):
+            # A shard that joins begins with one step for all ranks.
+            return InterruptedError("the workers are not at the same step, as when a checkpoint is about to be written")
         return None
 
     def failed(self, error: Exception) -> None:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ..parameter_server import failpoints
 from ..parameter_server.blocks import BlockMap
 from ..parameter_server.sharded import ShardedStore
 from ..parameter_server.store import StoreError
 from ..parameter_server.tables import MAX_SHARDS
 from .migration import Call, Commit, Migration, Move, plan_moves
 
-ATTEMPTS = 5  # for a group of moves that is given up because a checkpoint is being written or a shard restarts
+ATTEMPTS = 20  # for a group of moves that is given up because a checkpoint is being written or a shard restarts
 RETRY_SECONDS = 0.5
-REPEAT_SECONDS = 300.0  # for what has been committed to become known to every shard
+# For what has been decided to become known to every shard. Whoever replaces a shard that died tells it then.
+REPEAT_SECONDS = 5.0
 
 
 class RescaleError(StoreError):
@@ -27,15 +31,18 @@ class RescaleError(StoreError):
 
 @dataclass
 class Progress:
-    """How far a rescale has come; bytes count copies and the changes sent after them."""
+    """How far a rescale has come. bytes_moved counts copies and the changes sent after them.
+
+    hold_seconds: how long pulls were kept back, for each group and for shards that join or leave.
+    """
 
     blocks: int = 0
     blocks_moved: int = 0
     bytes_moved: int = 0
     groups: int = 0
+    cancelled: int = 0
     seconds: float = 0.0
     hold_seconds: list[float] = field(default_factory=list)
-    cancelled: int = 0
 
     def summary(self) -> dict[str, Any]:
         """Flat numbers, the longest hold among them."""
@@ -47,101 +54,105 @@ class Progress:
 class Rescale:
     """Moves the blocks of a running store.
 
-    store: connected to the shards, those that join included in no map yet. commit: writes a block map where it survives
-    this process. group_bytes: how much is copied before the blocks of a group change hands together; what changes in
-    the meantime is sent again, so smaller groups hold the workers shorter but more often.
+    store: knows the block map in force. addresses: where the shards listen now, by number, those that join included.
+    commit: writes a block map where it survives this process. alone: held while a group moves, so that nobody else
+    changes the block map or replaces a shard meanwhile. group_bytes: how much is copied before the blocks of a group
+    change hands together; what changes in the meantime is sent again, so smaller groups hold the workers shorter but
+    more often.
     """
 
     def __init__(
         self,
         store: ShardedStore,
+        addresses: Callable[[], Sequence[str]],
         commit: Callable[[BlockMap], None],
         *,
+        alone: AbstractContextManager[Any] | None = None,
         group_bytes: int = 256 << 20,
         side_by_side: int = 4,
     ) -> None:
         self.store = store
         self.progress = Progress()
-        self._addresses = list(store.block_map.addresses)  # by number; those that join or leave included
+        self._addresses = addresses
         self._commit = commit
+        self._alone = alone or nullcontext()
         self._group_bytes = group_bytes
         self._fetching = ThreadPoolExecutor(side_by_side, thread_name_prefix="fetch")
         # A shard that is asked later than the others would keep them waiting: one thread for every shard there may be.
         self._asking = ThreadPoolExecutor(MAX_SHARDS, thread_name_prefix="ask")
 
-    def run(self, addresses: Sequence[str]) -> dict[str, Any]:
-        """Spreads all blocks over the shards at `addresses`: those of now, more of them at the end, or fewer.
-
-        Returns `Progress.summary()`.
+    def run(self, shards: int) -> dict[str, Any]:
+        """Spreads all blocks over the first `shards` shards; returns `Progress.summary()`.
 
         Raises:
             RescaleError: a group of moves failed several times; names the last cause.
         """
         begin = time.monotonic()
-        if len(addresses) > self.store.shards:
-            self._join(addresses)
-        moves = self._plan(len(addresses))
-        self.progress.blocks = len(moves)
-        for group in self._groups(moves):
-            self._move(group, self._addresses)
+        if shards > self.store.shards:
+            self._join(shards)
+        while moves := self._plan(shards):  # anew for every group: a shard that was lost may have changed the map
+            self.progress.blocks = self.progress.blocks_moved + len(moves)
+            self._move(partial(self._next_group, moves))
             self.progress.seconds = time.monotonic() - begin
-        if len(addresses) < self.store.shards:
-            self._move([], addresses)
+        if shards < self.store.shards:
+            self._move(lambda known: Migration(known, known.addresses[:shards], []))
         self.progress.seconds = time.monotonic() - begin
         return self.progress.summary()
 
-    def _join(self, addresses: Sequence[str]) -> None:
+    def _join(self, shards: int) -> None:
         """Gives shards that are new their tables and makes them known; they own nothing yet."""
         layout = self.store.control(0, "describe", {})["slabs"]
-        self._addresses = list(addresses)
-        for address in addresses[self.store.shards :]:
+        for address in self._addresses()[self.store.shards : shards]:
             for tables in layout:  # one call per slab, so that slabs have the same numbers everywhere
                 self.store.control_at(address, "create_tables", {"tables": tables})
-        self._move([], addresses)
+        self._move(lambda known: Migration(known, self._addresses()[:shards], []))
 
     def _plan(self, shards: int) -> list[Move]:
         traffic = np.sum(self.store.control_all("traffic", {}), axis=0)
         load = traffic / max(1, int(traffic.sum())) + 1 / len(traffic)
         return plan_moves(self.store.block_map.owners, shards, load)
 
-    def _groups(self, moves: list[Move]) -> Iterator[list[Move]]:
+    def _group_of(self, moves: list[Move]) -> list[Move]:
         held = [s for s in self.store.statistics() if s["blocks"]]
         block_bytes = max((s["table_bytes"] + s["state_bytes"]) / s["blocks"] for s in held)
-        size = max(1, int(self._group_bytes / max(1.0, block_bytes)))
-        for first in range(0, len(moves), size):
-            yield moves[first : first + size]
+        return moves[: max(1, int(self._group_bytes / max(1.0, block_bytes)))]
 
-    def _move(self, moves: list[Move], addresses: Sequence[str]) -> None:
+    def _next_group(self, moves: list[Move], known: BlockMap) -> Migration:
+        return Migration(known, known.addresses, self._group_of(moves))
+
+    def _move(self, migration_from: Callable[[BlockMap], Migration]) -> None:
         for _ in range(ATTEMPTS):
-            migration = Migration(self.store.block_map, addresses, moves)
-            self._drive(migration)
+            with self._alone:
+                migration = migration_from(self.store.block_map)
+                self._drive(migration)
             if migration.committed:
-                self.progress.blocks_moved += len(moves)
-                self.progress.groups += bool(moves)
+                self.progress.blocks_moved += len(migration.moves)
+                self.progress.groups += bool(migration.moves)
                 return
             self.progress.cancelled += 1
             time.sleep(RETRY_SECONDS)
-        raise RescaleError(f"moving {len(moves)} blocks was given up {ATTEMPTS} times: {migration.error}")
+        raise RescaleError(f"blocks could not be moved, tried {ATTEMPTS} times: {migration.error}")
 
     def _drive(self, migration: Migration) -> None:
-        began: float | None = None
-        until = None
-        while not migration.ended:
-            if migration.holds and began is None:
-                began = time.monotonic()
-            try:
-                migration.succeeded(self._perform(migration.calls()))
-            except Exception as error:
-                cancelled_before = migration.cancelling
-                migration.failed(error)
-                if migration.committed or cancelled_before:
-                    until = until or time.monotonic() + REPEAT_SECONDS
-                    if time.monotonic() > until:
-                        raise RescaleError(f"after {REPEAT_SECONDS:g} s still: {error}") from error
-                    time.sleep(RETRY_SECONDS)
+        with self._timing(migration):
+            until = float("inf")
+            while not migration.ended and time.monotonic() < until:
+                decided = migration.committed or migration.cancelling
+                try:
+                    migration.succeeded(self._perform(migration.calls()))
+                except Exception as error:
+                    migration.failed(error)
+                    if decided:
+                        until = min(until, time.monotonic() + REPEAT_SECONDS)
+                        time.sleep(RETRY_SECONDS)
+
+    @contextmanager
+    def _timing(self, migration: Migration) -> Iterator[None]:
+        began: list[float] = []
+        migration.on_hold = lambda: began.append(time.monotonic())
+        yield
         self.progress.bytes_moved += migration.copied_bytes
-        if began is not None:
-            self.progress.hold_seconds.append(time.monotonic() - began)
+        self.progress.hold_seconds += [time.monotonic() - begin for begin in began]
 
     def _perform(self, calls: Sequence[Call | Commit]) -> list[Any]:
         """Makes all calls, whatever becomes of some; raises the first error."""
@@ -154,7 +165,9 @@ class Rescale:
 
     def _perform_one(self, call: Call | Commit) -> Any:
         if isinstance(call, Commit):
+            failpoints.hit("move.commit")
             self._commit(call.block_map)
+            failpoints.hit("move.committed")
             self.store.adopt(call.block_map)
             return None
-        return self.store.control_at(self._addresses[call.shard], call.method, call.arguments)
+        return self.store.control_at(self._addresses()[call.shard], call.method, call.arguments)

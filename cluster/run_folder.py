@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -93,6 +93,11 @@ class RunFolder:
         """The workers of this start have begun again, as generation `generation`."""
         if generation > self.generation:
             self.update(generation=generation)
+
+    def shards_are(self, addresses: Sequence[str]) -> None:
+        """Where the shards listen, for `embershard status`."""
+        if self._record.get("shards") != list(addresses):
+            self.update(shards=list(addresses))
 
     def save_config(self, text: str) -> None:
         _write_atomically(self.path / CONFIG_FILE, text)

@@ -15,6 +15,7 @@ from ..parameter_server.allocator import keep_freed_memory
 from ..parameter_server.blocks import BlockMap
 from ..parameter_server.recovery import open_shard
 from ..parameter_server.server import ShardServer
+from .migration import described
 from .watchdog import Watchdog
 
 
@@ -28,11 +29,12 @@ class Whereabouts(NamedTuple):
 
 
 class Pulse(NamedTuple):
-    """The process's monotonic clock; the generation that runs, if any, and the last step that is complete."""
+    """The process's monotonic clock; generation that runs, if any, and last complete step; epoch of the block map."""
 
     now: float
     generation: int | None
     step: int
+    epoch: int
 
 
 class ShardActor:
@@ -82,7 +84,11 @@ class ShardActor:
         return Whereabouts(self._server.address, node, time.monotonic(), self._recovered)
 
     def set_block_map(self, block_map: BlockMap) -> None:
-        self._server.shard.set_block_map(block_map)
+        self._server.call("set_block_map", described(block_map))
+
+    def cancel_moves(self) -> None:
+        """No move of blocks is under way any more, whatever this shard may remember."""
+        self._server.call("cancel_moves", {})
 
     def forget(self) -> None:
         """Throws the journal away: nobody will come back to what it holds."""
@@ -94,4 +100,4 @@ class ShardActor:
         self._watchdog.beat()
         shard = self._server.shard
         shard.lease.grant(lease_until)
-        return Pulse(time.monotonic(), shard.clocks.generation, shard.clocks.step)
+        return Pulse(time.monotonic(), shard.clocks.generation, shard.clocks.step, shard.block_map.epoch)

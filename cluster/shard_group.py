@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -54,17 +55,8 @@ class ShardGroup:
         """The first shards of a run. Raises RunFailed, TableError: see `Coordinator.start`."""
         owners = BlockMap.initial(plan.blocks, ("",) * plan.shards).owners
         end_named(plan.namespace, but=(NAME,))  # of a coordinator that died while it did this
-        place = placement_group(
-            [{"CPU": plan.cpus}] * plan.shards, strategy="SPREAD", lifetime="detached", name=plan.namespace
-        )
-        if not place.wait(plan.start_timeout):
-            remove_placement_group(place)
-            raise RunFailed(
-                f"cluster: {plan.shards} shards ask for {plan.cpus:g} CPUs each, and the cluster has "
-                f"{_free('CPU')} CPUs free; after {plan.start_timeout:g} s they were still not there: lower "
-                f"cluster.shards or cluster.shard_cpus, or raise cluster.start_timeout"
-            )
-        members = [Member(place.id.hex(), bundle) for bundle in range(plan.shards)]
+        place = _place_for(plan, plan.shards, "cluster.shards or cluster.shard_cpus")
+        members = [Member(place, bundle) for bundle in range(plan.shards)]
         state = RunState(plan, members, BlockMap(0, owners, ()), plan.generation)
         group = cls(state, orphan_timeout, token)
         group._start(range(plan.shards))
@@ -93,7 +85,44 @@ class ShardGroup:
     def addresses(self) -> tuple[str, ...]:
         """gRPC addresses, by number; of one that is lost, the last."""
         known = self._state.block_map.addresses
-        return tuple(known[i] if shard is None else shard.address for i, shard in enumerate(self._shards))
+        return tuple(
+            shard.address if shard is not None else known[i] if i < len(known) else ""
+            for i, shard in enumerate(self._shards)
+        )
+
+    def grow(self, shards: int) -> None:
+        """Starts empty shards until there are so many; they own nothing yet. Raises RunFailed."""
+        plan, members = self._state.plan, self._state.members
+        if (more := shards - len(members)) > 0:
+            place = _place_for(plan, more, "cluster.shard_cpus")
+            members += [Member(place, bundle) for bundle in range(more)]
+            self._shards += [None] * more
+        self._start([i for i, shard in enumerate(self._shards[:shards]) if shard is None])
+
+    def shrink(self, shards: int) -> None:
+        """Ends all but the first so many shards, which own nothing any more."""
+        members = self._state.members
+        for number in range(shards, len(members)):
+            shard = self._shards[number]
+            if shard is not None:
+                with suppress(RayError):
+                    ray.get(shard.actor.forget.remote(), timeout=PULSE_SECONDS)
+            self._end(number)
+        kept = {member.group for member in members[:shards]}
+        for group in {member.group for member in members[shards:]} - kept:
+            remove_placement_group(_place(group))
+        del members[shards:], self._shards[shards:]
+
+    def cancel_moves(self) -> None:
+        """To be called when no move is under way: a shard that was away may have missed the end of one."""
+        for call in [shard.actor.cancel_moves.remote() for shard in self._shards if shard is not None]:
+            with suppress(RayActorError, GetTimeoutError):
+                ray.get(call, timeout=self._state.plan.start_timeout)
+
+    def restart_empty(self, number: int) -> None:
+        """Starts a shard that owned nothing. Raises RunFailed."""
+        self._end(number)
+        self._start([number])
 
     def announce(self, block_map: BlockMap) -> None:
         """Tells every shard that answers; one that does not is lost, and hears of it when it is replaced."""
@@ -261,7 +290,7 @@ def end_named(namespace: str, *, but: Sequence[str] = ()) -> None:
             with suppress(ValueError):
                 end_actor(ray.get_actor(actor["name"], namespace=namespace))
     for number, group in ray.util.placement_group_table().items():
-        if group["name"] == namespace and group["state"] != "REMOVED":
+        if group["name"].startswith(f"{namespace}-") and group["state"] != "REMOVED":
             remove_placement_group(_place(number))
 
 
@@ -270,6 +299,20 @@ def _ending(error: RayActorError) -> str:
     text = one_line(error)
     reason = text.partition("The actor is dead because ")[2].partition(" Worker exit")[0]
     return (reason or text)[:300].rstrip(".")
+
+
+def _place_for(plan: ShardPlan, shards: int, lower: str) -> str:
+    """Reserves room for so many shards, spread over the nodes; returns the placement group's id. Raises RunFailed."""
+    name = f"{plan.namespace}-{secrets.token_hex(4)}"  # Ray keeps the name of a group that has been removed, too
+    place = placement_group([{"CPU": plan.cpus}] * shards, strategy="SPREAD", lifetime="detached", name=name)
+    if not place.wait(plan.start_timeout):
+        remove_placement_group(place)
+        raise RunFailed(
+            f"cluster: {shards} shards ask for {plan.cpus:g} CPUs each, and the cluster has {_free('CPU')} CPUs free; "
+            f"after {plan.start_timeout:g} s they were still not there: lower {lower}, or raise cluster.start_timeout"
+        )
+    group: str = place.id.hex()
+    return group
 
 
 def _place(group: str) -> PlacementGroup:

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import failpoints, restore
 from .blocks import BlockMap
+from .pull_times import PullTimes
 from .requests import Completed
 from .shard import Shard
 from .snapshot import Snapshot
@@ -36,6 +37,7 @@ class Administration:
         self.shard = shard
         self._deliver = deliver
         self._fetch = fetch
+        self.pull_times = PullTimes()
         self._cuts: dict[int, Snapshot] = {}  # waiting to be written
         self._written: dict[int, Snapshot] = {}  # being written
         self._numbers = itertools.count(1)
@@ -49,11 +51,12 @@ class Administration:
             "write": self.write,
             "check_load": self.check_load,
             "load": self.load,
-            "hold_pulls": self.hold_pulls,
+            "close_gate": self.close_gate,
             "settle": self.settle,
             "fetch_block": self.fetch_block,
             "cancel_moves": self.cancel_moves,
             "traffic": lambda: self.shard.traffic.tolist(),
+            "pull_times": self.pull_times.take,
             "statistics": self.shard.statistics,
         }
         if failpoints.allowed():
@@ -78,11 +81,11 @@ class Administration:
         }
 
     def set_block_map(self, epoch: int, owners: list[int], addresses: list[str]) -> None:
-        """Takes over a map; a newer one also ends the hold of pulls (`hold_pulls`) that came before it."""
+        """Takes over a map; a newer one also opens the gate that was closed for its sake."""
         newer = epoch > self.shard.block_map.epoch
         self.shard.set_block_map(BlockMap(epoch, np.array(owners, np.uint16), tuple(addresses)))
         if newer:
-            self._deliver(self.shard.resume_pulls())
+            self._deliver(self.shard.open_gate())
 
     def create_tables(self, tables: list[dict[str, Any]]) -> None:
         self.shard.create_tables([TableSpec.model_validate(table) for table in tables])
@@ -147,22 +150,23 @@ class Administration:
         self._expect(epoch)
         return restore.load_blocks(self.shard, directory, tables)
 
-    def hold_pulls(self, after: int, seconds: float) -> int:
-        step, released = self.shard.hold_pulls(after, time.monotonic() + seconds)
+    def close_gate(self, after: int, lag: int, seconds: float) -> dict[str, int]:
+        """Keeps calls back for at most so long; returns the last step that is pulled, and how far ahead of pushes."""
+        gate, released = self.shard.close_gate(after, lag, time.monotonic() + seconds)
         self._deliver(released)
-        return step
+        return {"step": gate.step, "lag": gate.lag}
 
-    def settle(self, step: int, hold: float, seconds: float) -> dict[str, Any]:
-        """Lets the pulls up to `step` through and waits up to `seconds` for the pushes; see `Shard.settled`."""
-        self.hold_pulls(step, hold)
+    def settle(self, step: int, lag: int, hold: float, seconds: float) -> dict[str, Any]:
+        """Lets the pulls up to `step` through, and waits up to `seconds` for the pushes; see `Shard.settled`."""
+        self.close_gate(step, lag, hold)
         deadline = time.monotonic() + seconds
-        while not (state := self.shard.settled(step))["settled"] and time.monotonic() < deadline:
+        while not (state := self.shard.settled(step - lag))["settled"] and time.monotonic() < deadline:
             time.sleep(SETTLE_POLL_SECONDS)
         return state
 
     def cancel_moves(self) -> None:
         self.shard.cancel_moves()
-        self._deliver(self.shard.resume_pulls())
+        self._deliver(self.shard.open_gate())
 
     def fetch_block(self, block: int, source: int, changes: bool = False, seal: bool = False) -> int:
         """Asks shard `source` for a block, or for what changed of it; returns the bytes that came."""

@@ -9,7 +9,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -89,6 +89,10 @@ class ShardServer:
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
 
+    def call(self, method: str, arguments: Mapping[str, Any]) -> Any:
+        """An administrative call from within this process; see `Administration.call`."""
+        return self._administration.call(method, arguments)
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._serve())
@@ -157,9 +161,11 @@ class ShardServer:
         except FrameError as error:
             return [Completed(token, Refusal(INVALID, str(error)))]
         token.epoch = request.epoch
-        deadline = time.monotonic() + timeout
+        now = time.monotonic()
+        deadline = now + timeout
         if isinstance(request, PushRequest):
             return self.shard.push(request, token, deadline)
+        token.pulled_at = now
         return self.shard.pull(request, token, deadline)
 
     def _deliver(self, completed: list[Completed]) -> None:
@@ -168,6 +174,8 @@ class ShardServer:
             assert isinstance(token, _Token)
             newer = self.shard.block_map if self.shard.block_map.epoch > token.epoch else None
             token.stream.answer(token.number, done.reply, newer)
+            if token.pulled_at is not None:
+                self._administration.pull_times.add(time.monotonic() - token.pulled_at)
 
     def _deliver_from_thread(self, completed: list[Completed]) -> None:
         if completed:
@@ -208,12 +216,13 @@ class ShardServer:
 class _Token:
     """Where the answer to a call goes."""
 
-    __slots__ = ("epoch", "number", "stream")
+    __slots__ = ("epoch", "number", "pulled_at", "stream")
 
     def __init__(self, stream: _Stream, number: int) -> None:
         self.stream = stream
         self.number = number
         self.epoch = 0
+        self.pulled_at: float | None = None
 
 
 class _Stream:

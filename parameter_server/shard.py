@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,18 +39,9 @@ from .store import BusyError, FencedError
 from .sums import accepted, sum_pushes
 from .tables import Layout
 from .validation import InvalidRequest, checked_pull, checked_push, readable
+from .waiting import WaitingCall, WaitingCalls
 
 MOVED, APPLIED = int(BlockStatus.MOVED), int(BlockStatus.APPLIED)
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A call that cannot be answered yet; it has a clock, or it would not wait."""
-
-    request: PullRequest | PushRequest
-    clock: Clock
-    token: object
-    deadline: float
 
 
 class Shard(Contents):
@@ -66,8 +56,7 @@ class Shard(Contents):
         self.lease = Lease()
         self.traffic = np.zeros(layout.blocks, np.int64)  # rows read and changed so far, by block
         self._gate = Gate()
-        self._pulls: list[_Waiting] = []
-        self._steps: dict[int, dict[int, list[_Waiting]]] = {}  # step -> rank -> pushes of `sync`
+        self._waiting = WaitingCalls()
         refusals = "refused timeouts fenced lease_ended not_written later"
         self._counts = dict.fromkeys(f"pulls pushes rows_pulled rows_pushed duplicates moved {refusals}".split(), 0)
 
@@ -92,10 +81,9 @@ class Shard(Contents):
                 return []
             fenced = Refusal(FENCED, f"generation {generation} has begun: calls of older ones are refused")
             self._record(Kind.BEGIN, {"generation": generation, "workers": workers, "step": step})
-            waiting = [*self._pulls, *self._pending_pushes()]
-            self._pulls, self._steps = [], {}
+            waiting = self._waiting.take_all()
             self.clocks.begin(generation, workers, step)
-            self._gate.pulled = step
+            self._gate = Gate(step)
             self.ledger.drop_generations_before(generation)
             self._counts["fenced"] += len(waiting)
             return [Completed(call.token, fenced) for call in waiting]
@@ -114,39 +102,47 @@ class Shard(Contents):
                 if (refusal := self.clocks.refuse(clock)) is not None:
                     return self._refused(token, refusal)
                 if not self._may_pull(clock):
-                    self._pulls.append(_Waiting(request, clock, token, deadline))
+                    self._waiting.pulls.append(WaitingCall(request, clock, token, deadline))
                     return []
             return [Completed(token, self._read(request))]
 
-    def hold_pulls(self, after: int, until: float) -> tuple[int, list[Completed]]:
-        """Keeps back the pulls for steps beyond `after`, or beyond the last one answered if that is later.
+    def close_gate(self, after: int, lag: int, until: float) -> tuple[Gate, list[Completed]]:
+        """Keeps back calls as `Gate` says, until `open_gate`, or `until` (`time.monotonic()` seconds).
 
         When every shard keeps back the same steps, and every push before them has arrived (`settled`), no worker has a
-        call under way: the one moment at which blocks change hands. Ends with `resume_pulls`, or by itself at `until`
-        (`time.monotonic()` seconds). Returns the last step let through, and the pulls kept back before that it lets
-        through now.
+        call under way: the one moment at which blocks change hands. Returns the gate, and the answers to what was kept
+        back before and is let through now.
         """
         with self.lock:
-            return self._gate.close(after, until), self._release()
+            self._gate.close(after, lag, until)
+            return self._gate, self._let_through()
 
     def settled(self, step: int) -> dict[str, Any]:
-        """generation, workers, and settled: whether the pushes of all ranks up to `step` are applied.
+        """Where the clocks stand, and settled: whether the pushes of all ranks up to `step` are applied.
 
         Without a generation there is nothing to wait for.
         """
         with self.lock:
-            generation = self.clocks.generation
-            settled = generation is None or self.clocks.step >= step
-            return {"generation": generation, "workers": self.clocks.workers, "settled": settled}
+            settled = self.clocks.generation is None or self.clocks.step >= step
+            return {"settled": settled, **self.clocks.describe()}
 
-    def resume_pulls(self) -> list[Completed]:
+    def open_gate(self) -> list[Completed]:
         """Answers what was kept back, as far as the clocks allow."""
         with self.lock:
             self._gate.open()
-            return self._release()
+            return self._let_through()
+
+    def _let_through(self) -> list[Completed]:
+        waiting = self._waiting.pushes
+        self._waiting.pushes = []
+        completed = []
+        for call in waiting:
+            assert isinstance(call.request, PushRequest)
+            completed += self.push(call.request, call.token, call.deadline)
+        return completed + self._release()
 
     def _may_pull(self, clock: Clock) -> bool:
-        return clock.step <= self._gate.step and self.clocks.step >= clock.step - 1 - clock.staleness
+        return self._gate.lets_pull(clock.step) and self.clocks.step >= clock.step - 1 - clock.staleness
 
     def push(self, request: PushRequest, token: object, deadline: float) -> list[Completed]:
         """Applies a push, or keeps it until its step is complete (`sync`); answers whoever waited for it, too."""
@@ -160,8 +156,11 @@ class Shard(Contents):
                 request = checked_push(request, self.layout.slabs)
             except InvalidRequest as error:
                 return self._refused(token, Refusal(INVALID, str(error)))
+            if clock is not None and not self._gate.lets_push(clock.step):
+                self._waiting.pushes.append(WaitingCall(request, clock, token, deadline))
+                return []
             if clock is not None and clock.sync and clock.step > self.clocks.step:
-                return self._hold(_Waiting(request, clock, token, deadline))
+                return self._hold(WaitingCall(request, clock, token, deadline))
             if (refusal := self._later([request])) is not None:
                 return self._refused(token, refusal)
             try:
@@ -184,23 +183,18 @@ class Shard(Contents):
     def expire(self, now: float) -> list[Completed]:
         """Answers the calls whose deadline has come with TIMEOUT and whom they waited for; nothing is applied."""
         with self.lock:
-            late = [call for call in (*self._pulls, *self._pending_pushes()) if call.deadline <= now]
-            completed = [Completed(call.token, Refusal(TIMEOUT, self._waits_for(call))) for call in late]
-            self._pulls = [call for call in self._pulls if call.deadline > now]
-            for ranks in self._steps.values():
-                for rank in list(ranks):
-                    ranks[rank] = [call for call in ranks[rank] if call.deadline > now]
-                    if not ranks[rank]:
-                        del ranks[rank]
+            late = [(call, self._waits_for(call)) for call in self._waiting if call.deadline <= now]
+            completed = [Completed(call.token, Refusal(TIMEOUT, why)) for call, why in late]
+            self._waiting.drop_late(now)
             self._counts["timeouts"] += len(late)
             if self._gate.ends <= now:
-                completed += self.resume_pulls()
+                completed += self.open_gate()
             return completed
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to do; None while nothing waits."""
         with self.lock:
-            deadlines = [call.deadline for call in (*self._pulls, *self._pending_pushes())]
+            deadlines = [call.deadline for call in self._waiting]
             return min([*deadlines, self._gate.ends] if self._gate.closed else deadlines, default=None)
 
     def statistics(self) -> dict[str, Any]:
@@ -220,7 +214,7 @@ class Shard(Contents):
                 "state_bytes": state_bytes,
                 "clients": len(self.ledger),
                 "moving": int(self._transit.leaving.sum() + self._transit.arrived.sum()),
-                "waiting": len(self._pulls) + len(list(self._pending_pushes())),
+                "waiting": len(list(self._waiting)),
                 **self._counts,
                 **(self.journal.statistics() if self.journal is not None else {}),
             }
@@ -234,23 +228,20 @@ class Shard(Contents):
         self._counts["lease_ended"] += 1
         return [Completed(token, Refusal(LATER, f"shard {self.number}: its lease has ended"))]
 
-    def _pending_pushes(self) -> Iterable[_Waiting]:
-        return (call for ranks in self._steps.values() for calls in ranks.values() for call in calls)
-
-    def _waits_for(self, call: _Waiting) -> str:
+    def _waits_for(self, call: WaitingCall) -> str:
         kind = "pull" if isinstance(call.request, PullRequest) else "push"
         first = self.clocks.step + 1
-        if call.clock.step > self._gate.step:
+        if self._gate.closed:
             return f"blocks change hands after step {self._gate.step} (asked by the {kind} for step {call.clock.step})"
         needed = call.clock.step - 1 - call.clock.staleness if kind == "pull" else call.clock.step
-        missing = [rank for rank in self.clocks.behind(needed) if rank not in self._steps.get(first, {})]
+        missing = [rank for rank in self.clocks.behind(needed) if rank not in self._waiting.steps.get(first, {})]
         ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
         return f"step {first} still waits for the push of {ranks} (asked by the {kind} for step {call.clock.step})"
 
     def _read(self, request: PullRequest) -> PullReply:
         statuses, rows = [], []
         if request.clock is not None:
-            self._gate.pulled = max(self._gate.pulled, request.clock.step)
+            self._gate.saw(request.clock)
         for part in request.parts:
             served = self._served[part.blocks]
             index, status = part.index, np.zeros(len(served), np.uint8)  # zero is APPLIED
@@ -337,9 +328,9 @@ class Shard(Contents):
         optimizers.apply(memory.slab.optimizer, memory.weights, memory.state, index, grads, rate)
         self._counts["rows_pushed"] += len(index)
 
-    def _hold(self, call: _Waiting) -> list[Completed]:
+    def _hold(self, call: WaitingCall) -> list[Completed]:
         assert isinstance(call.request, PushRequest)
-        ranks = self._steps.setdefault(call.clock.step, {})
+        ranks = self._waiting.steps.setdefault(call.clock.step, {})
         rates = {part.slab: rate for other in ranks.values() for held in other for part, rate in _rates(held.request)}
         for part, rate in _rates(call.request):
             if not math.isclose(rates.get(part.slab, rate), rate, rel_tol=1e-6):
@@ -349,11 +340,11 @@ class Shard(Contents):
                 return self._refused(call.token, Refusal(INVALID, f"{text}, another rank {rates[part.slab]}"))
         ranks.setdefault(call.clock.rank, []).append(call)
         completed: list[Completed] = []
-        while len(self._steps.get(self.clocks.step + 1, {})) == self.clocks.workers:
-            completed += self._complete(self._steps.pop(self.clocks.step + 1))
+        while len(self._waiting.steps.get(self.clocks.step + 1, {})) == self.clocks.workers:
+            completed += self._complete(self._waiting.steps.pop(self.clocks.step + 1))
         return completed + self._release() if completed else []
 
-    def _complete(self, ranks: Mapping[int, list[_Waiting]]) -> list[Completed]:
+    def _complete(self, ranks: Mapping[int, list[WaitingCall]]) -> list[Completed]:
         """Applies one step of `sync`: the pushes of all ranks added in rank order. A repetition only gets an answer."""
         calls = [call for rank in sorted(ranks) for call in ranks[rank]]
         if (refusal := self._later([call.request for call in calls])) is not None:
@@ -387,9 +378,10 @@ class Shard(Contents):
 
     def _release(self) -> list[Completed]:
         """Answers the pulls whose clock is satisfied now."""
-        ready = [call for call in self._pulls if self._may_pull(call.clock)]
+        waiting = self._waiting
+        ready = [call for call in waiting.pulls if self._may_pull(call.clock)]
         if ready:
-            self._pulls = [call for call in self._pulls if not self._may_pull(call.clock)]
+            waiting.pulls = [call for call in waiting.pulls if not self._may_pull(call.clock)]
         return [Completed(c.token, self._read(c.request)) for c in ready if isinstance(c.request, PullRequest)]
 
 

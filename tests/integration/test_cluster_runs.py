@@ -97,7 +97,7 @@ def groups_of(run: Path) -> list[str]:
 
     namespace = read_run(run)["namespace"]
     groups = ray.util.placement_group_table().values()
-    return [group["state"] for group in groups if group["name"] == namespace and group["state"] != "REMOVED"]
+    return [group["state"] for group in groups if group["name"].startswith(namespace) and group["state"] != "REMOVED"]
 
 
 def test_two_runs_side_by_side(folder: Path) -> None:
