@@ -228,9 +228,12 @@ class Migration:
         return True
 
     def _fetch(self, **what: bool) -> list[Call | Commit]:
+        ways: dict[tuple[int, int], list[int]] = {}
+        for move in self.moves:
+            ways.setdefault((move.source, move.target), []).append(move.block)
         return [
-            Call(move.target, "fetch_block", {"block": move.block, "source": move.source, **what})
-            for move in self.moves
+            Call(target, "fetch_blocks", {"blocks": blocks, "source": source, **what})
+            for (source, target), blocks in ways.items()
         ]
 
     def _all(self, shards: Sequence[int], method: str, **arguments: Any) -> list[Call | Commit]:

@@ -161,7 +161,7 @@ class Rescale:
         return [call.result() for call in running]
 
     def _pool(self, call: Call | Commit) -> ThreadPoolExecutor:
-        return self._fetching if isinstance(call, Call) and call.method == "fetch_block" else self._asking
+        return self._fetching if isinstance(call, Call) and call.method == "fetch_blocks" else self._asking
 
     def _perform_one(self, call: Call | Commit) -> Any:
         if isinstance(call, Commit):

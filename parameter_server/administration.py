@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,10 +21,13 @@ from .tables import TableSpec
 SETTLE_POLL_SECONDS = 0.001
 
 
-class Fetch(Protocol):
-    """Gets a block, or what changed of it, from shard `source`: its tensors and their bytes."""
+Fetched = tuple[int, dict[str, np.ndarray], int]  # a block, its tensors, their bytes
 
-    def __call__(self, block: int, source: int, *, changes: bool, seal: bool) -> tuple[dict[str, np.ndarray], int]: ...
+
+class Fetch(Protocol):
+    """Gets blocks, or what changed of them, from shard `source`."""
+
+    def __call__(self, blocks: Sequence[int], source: int, *, changes: bool, seal: bool) -> Iterable[Fetched]: ...
 
 
 class Administration:
@@ -53,7 +56,7 @@ class Administration:
             "load": self.load,
             "close_gate": self.close_gate,
             "settle": self.settle,
-            "fetch_block": self.fetch_block,
+            "fetch_blocks": self.fetch_blocks,
             "cancel_moves": self.cancel_moves,
             "traffic": lambda: self.shard.traffic.tolist(),
             "pull_times": self.pull_times.take,
@@ -168,8 +171,10 @@ class Administration:
         self.shard.cancel_moves()
         self._deliver(self.shard.open_gate())
 
-    def fetch_block(self, block: int, source: int, changes: bool = False, seal: bool = False) -> int:
-        """Asks shard `source` for a block, or for what changed of it; returns the bytes that came."""
-        tensors, size = self._fetch(block, source, changes=changes, seal=seal)
-        self.shard.receive_block(block, tensors)
-        return size
+    def fetch_blocks(self, blocks: list[int], source: int, changes: bool = False, seal: bool = False) -> int:
+        """Asks shard `source` for blocks, or for what changed of them; returns the bytes that came."""
+        total = 0
+        for block, tensors, size in self._fetch(blocks, source, changes=changes, seal=seal):
+            self.shard.receive_block(block, tensors)
+            total += size
+        return total

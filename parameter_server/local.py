@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from .administration import Administration
+from .administration import Administration, Fetched
 from .blocks import BlockMap
 from .requests import Completed, PullRequest, PushRequest
 from .shard import Shard
@@ -69,10 +67,11 @@ class LocalStore(ShardedStore):
     def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
         return self._administrations[int(address.removeprefix(PREFIX))].call(method, arguments)
 
-    def _fetch(self, block: int, source: int, *, changes: bool, seal: bool) -> tuple[dict[str, np.ndarray], int]:
+    def _fetch(self, blocks: Sequence[int], source: int, *, changes: bool, seal: bool) -> Iterator[Fetched]:
         member = self.members[source]
-        tensors = member.changes_of(block, seal=seal) if changes else member.begin_move(block)
-        return tensors, sum(tensor.nbytes for tensor in tensors.values())
+        for block in blocks:
+            tensors = member.changes_of(block, seal=seal) if changes else member.begin_move(block)
+            yield block, tensors, sum(tensor.nbytes for tensor in tensors.values())
 
     @staticmethod
     def _deliver(completed: list[Completed]) -> None:

@@ -9,19 +9,18 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import grpc
-import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from pydantic import SecretStr
 
 from . import transfer
-from .administration import Administration
+from .administration import Administration, Fetched
 from .protocol import shard_pb2 as pb
 from .protocol.frames import CHANNEL_OPTIONS, MAX_CALL_BYTES, MAX_OPEN_CALLS, Assembler, FrameError, encode
 from .protocol.messages import decode_request, encode_reply
@@ -196,21 +195,24 @@ class ShardServer:
             return pb.ControlReply(error=f"{type(error).__name__}: {error}")
         return pb.ControlReply(result=json.dumps(result))
 
-    def _fetch(self, block: int, source: int, *, changes: bool, seal: bool) -> tuple[dict[str, np.ndarray], int]:
+    def _fetch(self, blocks: Sequence[int], source: int, *, changes: bool, seal: bool) -> Iterator[Fetched]:
         address = self.shard.block_map.addresses[source]
-        return transfer.fetch(self._security, address, block, changes=changes, seal=seal, timeout=transfer.SECONDS)
+        with self._security.channel(address, CHANNEL_OPTIONS) as channel:
+            metadata = self._security.metadata
+            yield from transfer.fetch(channel, address, blocks, metadata=metadata, changes=changes, seal=seal)
 
     async def _transfer(self, request: pb.TransferRequest, context: grpc.aio.ServicerContext) -> None:
         """Between two frames of a block the loop serves whoever else calls."""
-        try:
-            if request.changes:
-                tensors = self.shard.changes_of(request.block, seal=request.seal)
-            else:
-                tensors = self.shard.begin_move(request.block)
-        except (StoreError, IndexError) as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"shard {self.shard.number}: {error}")
-        for frame in transfer.encode_tensors(tensors):
-            await context.write(frame)
+        for number, block in enumerate(request.blocks, 1):
+            try:
+                if request.changes:
+                    tensors = self.shard.changes_of(block, seal=request.seal)
+                else:
+                    tensors = self.shard.begin_move(block)
+            except (StoreError, IndexError) as error:
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"shard {self.shard.number}: {error}")
+            for frame in transfer.encode_tensors(number, tensors):
+                await context.write(frame)
 
 
 class _Token:

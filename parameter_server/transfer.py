@@ -1,31 +1,31 @@
-"""A block on its way over gRPC: the shard that gets it asks the shard that has it (`Transfer` of shard.proto)."""
+"""Blocks on their way over gRPC: the shard that gets them asks the shard that has them (`Transfer` of shard.proto)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
 
 from .protocol import shard_pb2 as pb
-from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
-from .security import Security
+from .protocol.frames import Assembler, FrameError, encode
 from .store import StoreError
 
 METHOD = "Transfer"
-SECONDS = 120.0  # for one block
+SECONDS = 600.0  # for one call
 SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
 _DTYPES = {name: np.dtype(name) for name in ("float32", "int64", "uint64")}
 
 
-def encode_tensors(tensors: Mapping[str, np.ndarray]) -> Iterator[bytes]:
+def encode_tensors(call: int, tensors: Mapping[str, np.ndarray]) -> Iterator[bytes]:
     """The frames of one block. Rows are read when their frame is made, so that no copy of the block is held."""
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # keeps every tensor aligned
     header = pb.TransferHeader()
     for name, tensor in ordered:
         header.tensors.add(name=name, dtype=tensor.dtype.name, shape=tensor.shape)
-    return encode(1, header.SerializeToString(), [np.ascontiguousarray(tensor) for _, tensor in ordered])
+    return encode(call, header.SerializeToString(), [np.ascontiguousarray(tensor) for _, tensor in ordered])
 
 
 def decode_tensors(header: bytes, payload: np.ndarray) -> dict[str, np.ndarray]:
@@ -54,25 +54,26 @@ def decode_tensors(header: bytes, payload: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def fetch(
-    security: Security, address: str, block: int, *, changes: bool, seal: bool, timeout: float
-) -> tuple[dict[str, np.ndarray], int]:
-    """A block of the shard at `address`, or what changed of it (and nothing after, with `seal`), and its bytes.
+    channel: grpc.Channel, address: str, blocks: Sequence[int], *, metadata: Any, changes: bool, seal: bool
+) -> Iterator[tuple[int, dict[str, np.ndarray], int]]:
+    """Blocks of the shard at `address`, or what changed of them (and nothing after, with `seal`): each with its bytes.
 
     Raises:
-        StoreError: that shard refuses, does not answer within `timeout` seconds, or sends what cannot be read.
+        StoreError: that shard refuses, does not answer within `SECONDS`, or sends what cannot be read.
     """
-    request = pb.TransferRequest(block=block, changes=changes, seal=seal).SerializeToString()
-    assembler = Assembler()
-    with security.channel(address, CHANNEL_OPTIONS) as channel:
-        try:
-            for frame in channel.unary_stream(f"/{SERVICE}/{METHOD}")(
-                request, timeout=timeout, metadata=security.metadata
-            ):
-                if (done := assembler.add(frame)) is not None:
-                    _, header, payload = done
-                    return decode_tensors(header, payload), len(payload)
-        except grpc.RpcError as error:
-            raise StoreError(f"block {block} from shard {address}: {error.code().name} {error.details()}") from None
-        except FrameError as error:
-            raise StoreError(f"block {block} from shard {address}: {error}") from None
-    raise StoreError(f"block {block} from shard {address}: the answer ended early")
+    request = pb.TransferRequest(blocks=blocks, changes=changes, seal=seal).SerializeToString()
+    assembler, left = Assembler(), list(blocks)
+    try:
+        call = channel.unary_stream(f"/{SERVICE}/{METHOD}")
+        for frame in call(request, timeout=SECONDS, metadata=metadata):
+            if (done := assembler.add(frame)) is not None:
+                if not left:
+                    raise FrameError("more blocks than were asked for")
+                _, header, payload = done
+                yield left.pop(0), decode_tensors(header, payload), len(payload)
+    except grpc.RpcError as error:
+        raise StoreError(f"blocks from shard {address}: {error.code().name} {error.details()}") from None
+    except FrameError as error:
+        raise StoreError(f"blocks from shard {address}: {error}") from None
+    if left:
+        raise StoreError(f"blocks from shard {address}: the answer ended before block {left[0]}")

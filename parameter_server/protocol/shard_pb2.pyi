@@ -107,14 +107,14 @@ class ControlReply(_message.Message):
     def __init__(self, result: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class TransferRequest(_message.Message):
-    __slots__ = ("block", "changes", "seal")
-    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("blocks", "changes", "seal")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CHANGES_FIELD_NUMBER: _ClassVar[int]
     SEAL_FIELD_NUMBER: _ClassVar[int]
-    block: int
+    blocks: _containers.RepeatedScalarFieldContainer[int]
     changes: bool
     seal: bool
-    def __init__(self, block: _Optional[int] = ..., changes: _Optional[bool] = ..., seal: _Optional[bool] = ...) -> None: ...
+    def __init__(self, blocks: _Optional[_Iterable[int]] = ..., changes: _Optional[bool] = ..., seal: _Optional[bool] = ...) -> None: ...
 
 class TransferHeader(_message.Message):
     __slots__ = ("tensors",)

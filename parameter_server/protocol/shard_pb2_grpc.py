@@ -70,8 +70,8 @@ class ShardServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Transfer(self, request, context):
-        """A block on its way to the shard that asks: its rows as they are now, or those that changed since the last time. One
-        call's frames; the header is a TransferHeader.
+        """Blocks on their way to the shard that asks: their rows as they are now, or those that changed since the last time.
+        The frames of one call per block, in the order asked; the header is a TransferHeader.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

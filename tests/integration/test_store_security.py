@@ -117,7 +117,7 @@ def call_reflection(channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]
 
 
 def call_transfer(channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
-    request = pb.TransferRequest(block=0).SerializeToString()
+    request = pb.TransferRequest(blocks=[0]).SerializeToString()
     next(channel.unary_stream(f"/{SERVICE}/Transfer")(request, metadata=metadata, timeout=5))
 
 

@@ -61,7 +61,7 @@ def test_what_nobody_passes_cannot_be_armed(wrong: str) -> None:
 
 def test_a_shard_is_armed_from_outside_only_where_the_environment_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def administration() -> Administration:
-        return Administration(Shard(0, Layout(40)), lambda _: None, lambda *_, **__: ({}, 0))
+        return Administration(Shard(0, Layout(40)), lambda _: None, lambda *_, **__: [])
 
     monkeypatch.delenv(failpoints.VARIABLE, raising=False)
     with pytest.raises(StoreError, match="a shard has no method 'arm'"):

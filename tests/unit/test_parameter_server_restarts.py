@@ -140,7 +140,7 @@ def test_reset_waits_for_a_cut() -> None:
 def test_a_new_generation_gives_up_the_cuts_of_the_old_one(tmp_path: Path) -> None:
     """Their writer is gone; a load or another cut must not wait for it."""
     shard = make_shard()
-    administration = Administration(shard, lambda completed: None, lambda *_, **__: ({}, 0))
+    administration = Administration(shard, lambda completed: None, lambda *_, **__: [])
     administration.begin(1, 1, 0)
     cut = administration.mark(1)
     administration.begin(1, 1, 0)  # the running generation again: nothing changes
@@ -155,6 +155,6 @@ def test_a_new_generation_gives_up_the_cuts_of_the_old_one(tmp_path: Path) -> No
 
 def test_a_cut_that_nobody_came_to_write_is_given_up_by_the_next() -> None:
     shard = make_shard()
-    administration = Administration(shard, lambda completed: None, lambda *_, **__: ({}, 0))
+    administration = Administration(shard, lambda completed: None, lambda *_, **__: [])
     first, second = administration.mark(1), administration.mark(1)
     assert first != second
