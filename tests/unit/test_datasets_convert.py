@@ -284,7 +284,7 @@ def other_machine(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def test_a_second_machine_is_refused_while_the_first_writes_an_object_store(tmp_path, monkeypatch):
-    output = f"memory://{tmp_path.name}/out"
+    output, fs, folder = f"memory://{tmp_path.name}/out", fsspec.filesystem("memory"), f"/{tmp_path.name}/out"
     with DatasetWriter(output) as first:
         first.keep({})
         with monkeypatch.context() as elsewhere:
@@ -296,9 +296,10 @@ def test_a_second_machine_is_refused_while_the_first_writes_an_object_store(tmp_
         assert message.endswith(
             "is writing it, or was stopped; remove the folder if it no longer runs, or name another output"
         )
+        assert [path.rsplit("/", 1)[1] for path in fs.find(folder)] == ["_incomplete"]
         first.staged("a.parquet").write_bytes(b"x")
         first.publish("a.parquet")
-        fsspec.filesystem("memory").rm(f"/{tmp_path.name}/out", recursive=True)  # as the message says
+        fs.rm(folder, recursive=True)  # as the message says
         other_machine(monkeypatch, tmp_path / "again")
         assert convert_criteo(_inputs(tmp_path), output, on_bad_rows="skip")["rows"] == 300
         with pytest.raises(DataError, match="another process is writing it, or was stopped"):
@@ -317,6 +318,7 @@ def test_a_second_machine_that_took_the_output_over_is_noticed_and_keeps_its_fil
     monkeypatch.setattr(DatasetWriter, "publish", taken_over)
     with pytest.raises(DataError, match="out: process 7 on elsewhere is writing it"):
         convert_criteo(_inputs(tmp_path), output, on_bad_rows="skip")
+    assert fs.find(f"/{tmp_path.name}/out") == [f"/{tmp_path.name}/out/_incomplete"]
     assert fs.cat_file(f"/{tmp_path.name}/out/_incomplete") == b"process 7 on elsewhere"
 
 
