@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,22 +76,30 @@ class Run:
         summary: dict[str, Any] = json.loads(out.splitlines()[-1])
         return summary
 
-    def fault(self, process: str, number: signal.Signals = signal.SIGKILL, *, back_after: float | None = None) -> float:
+    def fault(
+        self,
+        process: str,
+        number: signal.Signals = signal.SIGKILL,
+        *,
+        before: Callable[[], object] = lambda: None,
+        back_after: float | None = None,
+    ) -> float:
         """Sends one a signal after FAULT_AFTER steps; returns the longest time without a step, to 10 steps exact.
 
-        back_after: seconds after which it gets SIGCONT.
+        before: is called just before. back_after: seconds after which it gets SIGCONT.
         """
         self.wait_until(lambda: self.steps() and self.steps()[-1]["step"] >= FAULT_AFTER, "the fault")
         victim = processes(process)[0]
-        before = len(self.steps())
+        seen = len(self.steps())
+        before()
         killed = time.time()
         victim.send_signal(number)
         if back_after is not None:
             time.sleep(back_after)  # what this is about: for so long the process does not exist for anybody
             victim.send_signal(signal.SIGCONT)
         # What was on its way when the process died is no step after the fault.
-        self.wait_until(lambda: len(self.steps()) > before + 3, "the next steps")
-        gaps = [record["time"] for record in self.steps()[before - 1 :]]
+        self.wait_until(lambda: len(self.steps()) > seen + 3, "the next steps")
+        gaps = [record["time"] for record in self.steps()[seen - 1 :]]
         return max(b - max(a, killed) for a, b in itertools.pairwise(gaps))
 
 
@@ -188,6 +197,17 @@ def test_a_shard_with_a_journal_is_killed(home: Path, in_peace: Any) -> None:
     assert (summary["restarts"], summary["steps_redone"]) == (0, 0)
     assert "nothing acknowledged is lost" in run.notes
     assert not list((run.folder / "journal").glob("*/*")), "journals of a run that has ended"
+
+
+def test_a_shard_is_killed_and_its_journal_lost(home: Path, in_peace: Any) -> None:
+    """As when its machine is gone: the whole run goes back to the last checkpoint by itself."""
+    run = Run(home, "shard-lost", *TWO, "store.durability=journal")
+    seconds = run.fault("ShardActor", before=lambda: shutil.rmtree(run.folder / "journal"))
+    summary = run.finish()
+    note_of("shard killed, journal lost", seconds, summary)
+    assert_nothing_lost_or_doubled(summary, in_peace(TWO))
+    assert summary["restarts"] == 1 and summary["steps_redone"] > 0
+    assert "came back without what it held" in run.notes and "are done again" in run.notes
 
 
 @pytest.mark.parametrize("back_after", [3.0, None], ids=["three-seconds", "for-good"])
