@@ -36,7 +36,7 @@ from .requests import (
     RowSet,
 )
 from .store import BusyError, FencedError
-from .sums import accepted, sum_pushes
+from .sums import sum_decided
 from .tables import Layout
 from .validation import InvalidRequest, checked_pull, checked_push, readable
 from .waiting import WaitingCall, WaitingCalls
@@ -165,12 +165,12 @@ class Shard(Contents):
                 return self._refused(token, refusal)
             try:
                 statuses = self._decide(request)
-                self._write([(request, statuses)])
             except LookupError as error:
                 return self._refused(token, Refusal(TOO_OLD, str(error)))
+            try:
+                self._commit([(request, statuses)])
             except JournalError as error:
                 return self._refused(token, Refusal(NOT_WRITTEN, str(error)))
-            self._apply([(request, statuses)])
             completed = [Completed(token, self._answer(request, statuses))]
             return completed if clock is None else completed + self._release()
 
@@ -178,7 +178,7 @@ class Shard(Contents):
         """Does again what a record of pushes says (`records.decode_pushes`): all that is in it was applied, as one."""
         with self.lock:
             applied = np.full(self.layout.blocks, APPLIED, np.uint8)
-            self._apply([(checked_push(push, self.layout.slabs), applied) for push in pushes])
+            self._commit([(checked_push(push, self.layout.slabs), applied) for push in pushes])
 
     def expire(self, now: float) -> list[Completed]:
         """Answers the calls whose deadline has come with TIMEOUT and whom they waited for; nothing is applied."""
@@ -287,29 +287,26 @@ class Shard(Contents):
             return None
         return Refusal(LATER, f"shard {self.number}: store.memory_bytes are used up until a checkpoint is written")
 
-    def _write(self, decided: Sequence[tuple[PushRequest, np.ndarray]]) -> None:
-        """A record of pushes that are about to be applied as one. Raises JournalError: none of them may be."""
+    def _commit(self, decided: Sequence[tuple[PushRequest, np.ndarray]]) -> None:
+        """Writes down, marks and applies what is new of pushes (with their statuses), as one.
+
+        Raises:
+            JournalError: nothing was applied.
+        """
         failpoints.hit("push.checked")
+        updates = sum_decided(decided)  # what may fail for want of memory comes before the record
         if self.journal is not None and any(r.clock is not None or (s == APPLIED).any() for r, s in decided):
             self.journal.append(Kind.PUSHES, *encode_pushes(decided))
         failpoints.hit("push.journalled")
-
-    def _apply(self, decided: Sequence[tuple[PushRequest, np.ndarray]]) -> None:
-        """Applies what is new of pushes, their gradients added in this order, and marks it in ledger and clocks."""
-        taken: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-        rates: dict[int, float] = {}
         for request, statuses in decided:
-            for part, grads, rate in zip(request.parts, request.grads, request.learning_rates, strict=True):
-                taken.setdefault(part.slab, []).append(accepted(part, grads, statuses))
-                rates[part.slab] = rate
             clock = request.clock
             generation = ledger.NO_GENERATION if clock is None else clock.generation
             blocks = request.touched(self.layout.blocks)
             self.ledger.mark(request.client, request.sequence, blocks[statuses[blocks] == APPLIED], generation)
             if clock is not None:
                 self.clocks.record(clock.rank, clock.step)
-        for slab, contributions in taken.items():
-            self._update(slab, *sum_pushes(contributions), rates[slab])
+        for update in updates:
+            self._update(*update)
         failpoints.hit("push.applied")
 
     def _answer(self, request: PushRequest, statuses: np.ndarray) -> PushReply:
@@ -369,11 +366,10 @@ class Shard(Contents):
             decided.append((request, statuses))
             answered.append((call.token, request, statuses))
         try:
-            self._write(decided)
+            self._commit(decided)
         except JournalError as error:
             refusal = Refusal(NOT_WRITTEN, str(error))
             return completed + [done for token, _, _ in answered for done in self._refused(token, refusal)]
-        self._apply(decided)
         return completed + [Completed(token, self._answer(request, statuses)) for token, request, statuses in answered]
 
     def _release(self) -> list[Completed]:

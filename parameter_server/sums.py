@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .requests import BlockStatus, RowSet
+from .requests import BlockStatus, PushRequest, RowSet
 from .row_kernels import add_rows
 from .validation import readable
 
@@ -32,6 +32,22 @@ def sum_pushes(contributions: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[
     for index, grads in contributions:
         count = add_rows(slots, index, grads, merged, sums, count)
     return readable(merged[:count]), readable(sums[:count])
+
+
+def sum_decided(
+    decided: Sequence[tuple[PushRequest, np.ndarray]],
+) -> list[tuple[int, np.ndarray, np.ndarray, float]]:
+    """What pushes change together: slab, index [U], grads [U, width] added in their order, learning rate.
+
+    decided: each push with its statuses, uint8 [blocks]; of several learning rates for a slab the last one counts.
+    """
+    taken: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    rates: dict[int, float] = {}
+    for request, statuses in decided:
+        for part, grads, rate in zip(request.parts, request.grads, request.learning_rates, strict=True):
+            taken.setdefault(part.slab, []).append(accepted(part, grads, statuses))
+            rates[part.slab] = rate
+    return [(slab, *sum_pushes(contributions), rates[slab]) for slab, contributions in taken.items()]
 
 
 def accepted(part: RowSet, grads: np.ndarray, statuses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
