@@ -72,13 +72,13 @@ class ShardGroup:
                 found[number] = ray.get_actor(shard_name(number), namespace=plan.namespace)
         calls = {number: actor.whereabouts.remote() for number, actor in found.items()}
         for number, actor in found.items():
-            address = known[number]
+            address = known[number] if number < len(known) else ""  # one that was about to join owns nothing
             with suppress(RayError):  # one that does not answer may be stopped
                 where: Whereabouts = ray.get(calls[number], timeout=PULSE_SECONDS)
-                address = where.address
-                if address != known[number] and not where.recovered:
+                if address not in ("", where.address) and not where.recovered:
                     end_actor(actor)
                     continue
+                address = where.address
             # Whatever the last coordinator granted ends within a lease from now.
             self._shards[number] = _Shard(actor, address, Liveness(plan.lease, time.monotonic(), 0.0))
 

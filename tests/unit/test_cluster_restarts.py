@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from embershard.cluster import run_state
+from embershard.cluster import run_state, shard_group
 from embershard.cluster.coordinator import Coordinator
 from embershard.cluster.errors import is_final
 from embershard.cluster.restarts import RestartPolicy
 from embershard.cluster.run_folder import RunFolder, read_metrics, read_run
 from embershard.cluster.run_state import Member, RunState, ShardPlan
-from embershard.cluster.shard_actor import Pulse
-from embershard.cluster.shard_group import _ending
+from embershard.cluster.shard_actor import Pulse, Whereabouts
+from embershard.cluster.shard_group import ShardGroup, _ending
 from embershard.datasets.schema import DataError
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.store import FencedError
@@ -115,6 +116,34 @@ def test_no_restart_is_left_for_a_shard_whose_rows_are_lost(coordinator: Any) ->
     coordinator._state.restarts = PLAN.max_restarts
     coordinator._begin_afresh("shard 1 died: killed")
     assert coordinator.poll().problem == "shard 1 died: killed"
+
+
+def test_which_shards_a_coordinator_takes_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at its place, one that came back elsewhere, an empty one in the place of another, none, and one to join."""
+    state = make_state()
+    state.members = [Member("aa", bundle) for bundle in range(5)]
+    state.block_map = BlockMap.initial(40, ("a:1", "b:1", "c:1", "d:1"))
+    found = {
+        "shard-0": Whereabouts("a:1", "node", 0.0, False),
+        "shard-1": Whereabouts("b:2", "node", 0.0, True),
+        "shard-2": Whereabouts("c:2", "node", 0.0, False),
+        "shard-4": Whereabouts("e:1", "node", 0.0, False),
+    }
+    ended: list[Any] = []
+
+    def get_actor(name: str, namespace: str) -> Any:
+        if name not in found:
+            raise ValueError(name)
+        return SimpleNamespace(name=name, whereabouts=SimpleNamespace(remote=lambda: found[name]))
+
+    monkeypatch.setattr(shard_group.ray, "get_actor", get_actor)
+    monkeypatch.setattr(shard_group.ray, "get", lambda call, timeout: call)
+    monkeypatch.setattr(shard_group, "end_actor", ended.append)
+    group = ShardGroup(state, 1.0, SecretStr("t" * 16))
+    group.take_up()
+    assert group.addresses() == ("a:1", "b:2", "c:1", "d:1", "e:1")
+    assert list(group.lost()) == [2, 3]
+    assert [actor.name for actor in ended] == ["shard-2"]
 
 
 def test_how_a_shard_ended_in_few_words() -> None:
