@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..datasets.synthetic import generate
+from ..datasets.schema import CategoricalColumn, DenseColumn, Schema
+from ..datasets.synthetic import CARDINALITIES, DENSE, generate
 from .config import RunConfig
 from .progress import ProgressReporter
 
@@ -22,6 +23,13 @@ def with_generated_data(config: RunConfig, progress: ProgressReporter) -> RunCon
     paths = {"path": str(folder / "train"), "eval_path": str(folder / "eval")}
     run = config.run.model_copy(update={"dir": str(config.run_dir)})
     return config.model_copy(update={"data": config.data.model_copy(update=paths), "run": run})
+
+
+def generated_schema() -> Schema:
+    """The columns of these logs, before they exist."""
+    columns = [CategoricalColumn(name=f"c{f + 1}", cardinality=size) for f, size in enumerate(CARDINALITIES)]
+    dense = [DenseColumn(name=f"i{k + 1}") for k in range(DENSE)]
+    return Schema(source="generated", label="label", dense=dense, categorical=columns, rows=TRAIN_ROWS)
 
 
 def _generate(output: Path, rows: int, seed: int) -> None:

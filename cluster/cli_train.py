@@ -38,13 +38,15 @@ def train(
 
     Any setting can also stand in the environment: EMBERSHARD_TRAIN__EPOCHS=2.
     """
-    from .builtin import with_generated_data
+    from .builtin import generated_schema, with_generated_data
     from .launch import Trainer
+    from .preparation import planned_methods
     from .progress import ProgressReporter
 
     progress = ProgressReporter()
     config = read_configuration(arguments or [], resume=resume)
     if config.data.path is None:
+        planned_methods(config, generated_schema())  # what is wrong with them is said before data is generated
         config = with_generated_data(config, progress)
     summary = Trainer(config, resume=resume, progress=progress).fit()
     _print_summary(summary)

@@ -52,8 +52,10 @@ def find_checkpoint(target: Path) -> tuple[str, RunConfig]:
     """A checkpoint, or the newest of a run that verifies, and the configuration of its run (the default without one).
 
     Raises:
-        ConfigError: the run has none.
+        ConfigError: there is nothing, or the run has none.
     """
+    if not target.exists():
+        raise ConfigError(f"{target}: no such run or checkpoint")
     run = target if is_run(target) else target.parent.parent
     config = load_run(run) if is_run(run) else RunConfig.load()
     return _newest(target) if is_run(target) else str(target), config

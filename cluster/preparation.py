@@ -12,6 +12,7 @@ from ..datasets.schema import Schema
 from ..parameter_server import kernels as shard_kernels
 from ..parameter_server.blocks import BlockMap
 from ..workers.embeddings import kernels as worker_kernels
+from ..workers.embeddings.base import Method
 from ..workers.embeddings.planning import build_method, feature_table
 from ..workers.network import NetworkSpec
 from ..workers.placement import choose_placement
@@ -36,9 +37,7 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     schema = load_schema(config.data.path, config.data)
     if config.data.eval_path is not None:
         load_schema(config.data.eval_path, config.data)
-    optimizer = config.optimizer.sparse.update
-    spec = NetworkSpec.plan(schema, config.embedding, config.model, optimizer, config.seed)
-    methods = [build_method(feature, optimizer) for feature in spec.features]
+    methods = planned_methods(config, schema)
     for line in feature_lines(feature_table(methods)):
         progress.note(line)
     config.embedding.placement, reason = choose_placement(config.job())  # once, for all workers
@@ -49,6 +48,17 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     if any(column.bag for column in schema.categorical):
         bag_kernels.warm_up()
     return schema
+
+
+def planned_methods(config: RunConfig, schema: Schema) -> list[Method]:
+    """The method of every feature, its sizes settled.
+
+    Raises:
+        EmbeddingError, DataError: embeddings or a model that cannot be as asked.
+    """
+    optimizer = config.optimizer.sparse.update
+    spec = NetworkSpec.plan(schema, config.embedding, config.model, optimizer, config.seed)
+    return [build_method(feature, optimizer) for feature in spec.features]
 
 
 def feature_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:

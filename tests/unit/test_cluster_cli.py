@@ -65,8 +65,10 @@ def test_help_has_examples(run, command: str) -> None:  # type: ignore[no-untype
         (("train", "data.path=absent"), "absent"),
         (("train", "run.dir=absent", "data.path=x", "--resume"), "x"),
         (("train", "."), "without config.yaml"),
-        (("evaluate", "absent", "--data", "absent"), "absent"),
-        (("evaluate", "absent"), "--data"),
+        (("train", "embedding.method=memcom"), "memcom needs either embedding.rows or embedding.ratio"),
+        (("train", "model.name=ranknet"), "model.history: 'history' is not a bag of the data"),
+        (("evaluate", "absent", "--data", "absent"), "absent: no such run or checkpoint"),
+        (("export", "absent", "out"), "absent: no such run or checkpoint"),
         (("inspect", "absent"), "absent"),
     ],
 )
@@ -75,6 +77,7 @@ def test_wrong_input_is_one_line_and_exit_2(run, arguments: tuple[str, ...], say
     assert result.code == 2
     assert says in result.error
     assert "Traceback" not in result.err
+    assert not Path("runs").exists()
 
 
 def test_debug_shows_the_traceback(run) -> None:  # type: ignore[no-untyped-def]

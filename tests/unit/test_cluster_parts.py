@@ -5,16 +5,27 @@ import os
 import pickle
 import signal
 import threading
+from pathlib import Path
 
 import pytest
+from embershard.cluster.builtin import generated_schema
 from embershard.cluster.errors import ConfigError, RunFailed, RunInterrupted, exit_code, one_line, root_cause
 from embershard.cluster.formatting import aligned, readable_bytes
 from embershard.cluster.interrupt import interrupts
 from embershard.cluster.progress import ProgressReporter
 from embershard.cluster.watchdog import Watchdog
+from embershard.datasets.files import load_schema
 from embershard.datasets.schema import DataError
+from embershard.datasets.synthetic import generate
 from embershard.parameter_server.store import FencedError, StoreError
 from embershard.parameter_server.tables import TableError
+
+
+def test_generated_columns_are_known_before_they_exist(tmp_path: Path) -> None:
+    generate(str(tmp_path / "log"), rows=10)
+    schema, planned = load_schema(str(tmp_path / "log")), generated_schema()
+    assert planned.columns == schema.columns
+    assert [c.cardinality for c in planned.categorical] == [c.cardinality for c in schema.categorical]
 
 
 @pytest.mark.parametrize(

@@ -218,17 +218,22 @@ def look_up_samples(
             for k in range(per_weight):
                 word = mix64(mixed ^ weight_seeds[f * per_weight + k])
                 alpha[b] += weight[np.int64(multiply_high(word, _U64(len(weight)))), 0]
-    place = 0
+    place, last = 0, len(rows) - 1
     for b in range(batch):
         for j in range(width):
             out[b, j] = 0
-        for _ in range(len(token_seeds)):
-            if place + AHEAD < len(rows):
-                prefetch_row(token, rows[place + AHEAD])
-            row = rows[place]
+        end = place + len(token_seeds)
+        while place + 4 <= end:  # four rows between two visits to `out`, added in the same order
+            for k in range(4):
+                prefetch_row(token, rows[min(place + AHEAD + k, last)])
+            first, second, third, fourth = rows[place], rows[place + 1], rows[place + 2], rows[place + 3]
             for j in range(width):
-                out[b, j] += token[row, j]
-            place += 1
+                out[b, j] = out[b, j] + token[first, j] + token[second, j] + token[third, j] + token[fourth, j]
+            place += 4
+        for i in range(place, end):
+            for j in range(width):
+                out[b, j] += token[rows[i], j]
+        place = end
         for j in range(width):
             out[b, j] *= alpha[b]
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...parameter_server.kernels import initialise_share, rows_of_share
+from ...parameter_server.store import Store
 from ...parameter_server.tables import Optimizer, TableSpec
 from .base import EmbeddingError, Feature
+from .layers_stored import StoredTables
 from .planning import METHODS, check_options
 from .torch_rows import map_rows
 
@@ -35,6 +37,8 @@ class Common(TypedDict, total=False):
     name: str
     device: torch.device | str | None
     dtype: torch.dtype | None
+    store: Store | None
+    optimizer: Optimizer | None
 
 
 class Layer(nn.Module):
@@ -45,6 +49,10 @@ class Layer(nn.Module):
     name: a table's initial values are those of the table `name.ROLE` in a store of that seed; ROLE is also the name of
     its parameter. dtype: of the parameters; values are drawn in float32. Where ids are hashed, `hash_seeds` in the
     state keeps a layer that hashes otherwise from loading it.
+
+    store: the tables live there, from the same initial values on, and are trained by `step` with `optimizer`
+    (row-wise Adagrad without one), never by a torch optimizer; the layer's parameters are then the method's dense ones,
+    on the CPU in float32. For several features over one store `EmbeddingBagCollection` is quicker: one message for all.
 
     Raises:
         EmbeddingError: sizes that the method cannot work with.
@@ -67,6 +75,8 @@ class Layer(nn.Module):
         name: str = "embedding",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        store: Store | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("sum", "mean", "max"):
@@ -81,6 +91,10 @@ class Layer(nn.Module):
         self.mode = mode
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.include_last_offset = include_last_offset
+        self.stored = None
+        if store is not None:
+            self.stored = StoredTables(feature, mode, _suits(store, feature, device, dtype), optimizer)
+            return
         self.method = METHODS[method](feature, Optimizer()).to(device=device, dtype=dtype)
         for table in self.method.tables:
             values = torch.empty(table.rows, table.width, device=device, dtype=dtype)
@@ -91,7 +105,9 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Gives the tables their initial values."""
+        """Gives the tables their initial values; those of a store keep what they have."""
+        if self.stored is not None:
+            return
         if "hash_seeds" in self._buffers and self.hash_seeds.device.type != "meta":
             self.hash_seeds.copy_(self._hash_seeds())
         for table in self.method.tables:
@@ -109,6 +125,10 @@ class Layer(nn.Module):
             EmbeddingError: an id outside [0, num_embeddings) (on a GPU and when compiled a RuntimeError, without it).
             ValueError: shapes that do not go together.
         """
+        if self.stored is not None:
+            last, padding = self.include_last_offset, self.padding_idx
+            out: Tensor = self.stored(input, offsets, per_sample_weights, last=last, padding=padding)
+            return out
         ids = input.reshape(-1).long()
         vectors = self.compose(self._checked(ids))
         places = torch.arange(len(ids), device=ids.device)
@@ -135,6 +155,17 @@ class Layer(nn.Module):
         # Divided as on the store; torch's kernel multiplies by the reciprocal, which rounds otherwise.
         sizes = pooled(torch.ones(len(vectors), 1, device=ids.device), "sum")
         return pooled(vectors, "sum") / sizes.clamp_(min=1).to(vectors.dtype)
+
+    def step(self, learning_rate: float | None = None) -> None:
+        """With a store: sends the gradients of everything forwarded since the last step.
+
+        Raises:
+            EmbeddingError: no store; torch's optimizers train the parameters. GradientError, StoreError: as
+                `EmbeddingBagCollection.step`.
+        """
+        if self.stored is None:
+            raise EmbeddingError("step: this layer has no store; give its parameters to an optimizer of torch")
+        self.stored.collection.step(learning_rate)
 
     def compose(self, ids: Tensor) -> Tensor:
         """The vectors [N, d] of ids int64 [N], before any pooling."""
@@ -280,6 +311,15 @@ class DoubleHash(Layer):
     ) -> None:
         sizes = {"rows": hashed_rows, "ratio": ratio, "operation": operation, "partitions": tables}
         super().__init__("double_hash", num_embeddings, embedding_dim, sizes, **common)
+
+
+def _suits(store: Store, feature: Feature, device: Any, dtype: torch.dtype | None) -> Store:
+    """Raises EmbeddingError: the store draws or holds other numbers than this layer was asked for."""
+    if store.layout.seed != feature.seed:
+        raise EmbeddingError(f"seed: {feature.seed} beside the store's {store.layout.seed}: give both the same")
+    if dtype not in (None, torch.float32) or torch.device(device or "cpu").type != "cpu":
+        raise EmbeddingError("store: a layer on a store has vectors in float32 on the CPU; leave device and dtype out")
+    return store
 
 
 def _feature(**options: Any) -> Feature:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .base import EmbeddingError
 from .gather import distinct_rows, read_rows
 from .layers import Common, Layer
 from .projected import Projected
@@ -29,7 +30,7 @@ class _ProjectedLayer(Layer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.method.projection.device.type != "meta":
+        if self.stored is None and self.method.projection.device.type != "meta":
             self.method.reset_parameters()
 
 
@@ -44,7 +45,13 @@ class MLET(_ProjectedLayer):
 
     @torch.no_grad()
     def collapse(self) -> nn.EmbeddingBag:
-        """The same vectors as one table of num_embeddings x embedding_dim, to serve with."""
+        """The same vectors as one table of num_embeddings x embedding_dim, to serve with.
+
+        Raises:
+            EmbeddingError: the factor lives on a store, where it may be too large for this.
+        """
+        if self.stored is not None:
+            raise EmbeddingError("collapse: not of a layer on a store; `embershard export` does it piece by piece")
         return nn.EmbeddingBag(
             self.num_embeddings,
             self.embedding_dim,
