@@ -9,12 +9,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from embershard.parameter_server.client import StoreClient
 from embershard.parameter_server.kernels import locate
+from embershard.parameter_server.store import ShardUnavailable
 from embershard.parameter_server.tables import Initializer, Optimizer, TableSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +39,7 @@ class Scenario:
         self.folder = folder
         self.rng = np.random.default_rng(0)
         self.model = np.zeros((ROWS, WIDTH), np.float32)
-        self.shard = ShardProcess(folder)
+        self.shard = ShardProcess(folder, journal_bytes=10_000)  # about eight pushes, then a local snapshot
         self.store = StoreClient.connect(self.shard.address, timeout=60.0)
         self.store.create_tables([TABLE])
 
@@ -65,7 +67,7 @@ class Scenario:
         """The shard again, where its folder is; the client is told nothing."""
         assert self.shard.wait() == -signal.SIGKILL
         address = self.shard.address
-        self.shard = ShardProcess(self.folder)
+        self.shard = ShardProcess(self.folder, journal_bytes=10_000)
         assert self.shard.address == address
         return self.shard.recovery
 
@@ -91,6 +93,17 @@ def test_killed_between_every_two_stages_of_a_push(scenario: Scenario) -> None:
     assert scenario.store.counters.retries > 0
     (statistics,) = scenario.store.statistics()
     assert statistics["journal_bytes"] > 0
+
+
+def test_killed_at_every_step_of_a_local_snapshot(scenario: Scenario) -> None:
+    for point in ("journal.segment=kill", "snapshot.block=kill:3", "snapshot.manifest=kill", "snapshot.clean=kill"):
+        with suppress(ShardUnavailable):  # where a snapshot is being written already, the answer may not come
+            scenario.arm(point)
+        pushes = [scenario.push() for _ in range(30)]  # fewer than a client may have open
+        scenario.restart()
+        for push in pushes:
+            push.result()
+        assert scenario.wrong_rows() == 0, point
 
 
 def test_without_the_record_the_same_kill_loses_what_was_acknowledged(scenario: Scenario) -> None:
