@@ -4,7 +4,7 @@ Armed by the environment (`EMBERSHARD_FAILPOINTS="push.applied=kill:3,fence=skip
 (it may be empty), by the control call `arm`. `name=action` fires at every pass, `name=action:N` at the N-th pass alone.
 
     kill    the process ends at once, as with SIGKILL        error   an OSError, as from a disk that fails
-    stop    the process stops until it gets SIGCONT          skip    `active` is true: the guard of that name is off
+    stop    the process stops until it gets SIGCONT          skip    `active` is true: the guard, or network, is off
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ POINTS = GUARDS | {
     "checkpoint.manifest",  # every file is written, the manifest is not
     "checkpoint.committed",  # the manifest is there, the caller has not heard of it
     "load.block",  # before each block that is loaded
+    "network.cut",  # with `skip`: streams of rows and blocks break, and new ones are refused
+    "network.answer",  # with `skip`: a call is carried out, and the stream breaks before its answer
     "move.begun",  # at the source: a block is about to be copied
     "move.received",  # at the target: a block or its changes are in the journal and in memory
     "move.sealed",  # at the source: the block is sealed, the last changes are not sent

@@ -19,7 +19,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from pydantic import SecretStr
 
-from . import transfer
+from . import failpoints, transfer
 from .administration import Administration, Fetched
 from .protocol import shard_pb2 as pb
 from .protocol.frames import CHANNEL_OPTIONS, MAX_CALL_BYTES, MAX_OPEN_CALLS, Assembler, FrameError, encode
@@ -144,14 +144,22 @@ class ShardServer:
         assembler = Assembler()
         try:
             while (frame := await context.read()) is not grpc.aio.EOF:
+                await self._check_network("network.cut", context)
                 call = assembler.add(frame)
                 if call is not None:
                     await stream.begin()
-                    self._deliver(self._handle(stream, *call))
+                    completed = self._handle(stream, *call)
+                    await self._check_network("network.answer", context)
+                    self._deliver(completed)
         except FrameError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"shard {self.shard.number}: {error}")
         finally:
             stream.close()
+
+    async def _check_network(self, name: str, context: grpc.aio.ServicerContext) -> None:
+        """Breaks the stream where a failpoint says so."""
+        if failpoints.active(name):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"shard {self.shard.number}: failpoint {name}")
 
     def _handle(self, stream: _Stream, number: int, header: bytes, payload: Any) -> list[Completed]:
         token = _Token(stream, number)
@@ -203,6 +211,7 @@ class ShardServer:
 
     async def _transfer(self, request: pb.TransferRequest, context: grpc.aio.ServicerContext) -> None:
         """Between two frames of a block the loop serves whoever else calls."""
+        await self._check_network("network.cut", context)
         for number, block in enumerate(request.blocks, 1):
             try:
                 if request.changes:
