@@ -202,6 +202,8 @@ def bench_train(
         contenders.append(
             _contender("ours_2_journal", module, "ours", shards=2, consistency="bounded", journal=True, **common)
         )
+        mlet = {"shards": 0, "consistency": "bounded", "collapsed": max(1, dim // 4)}
+        contenders.append(_contender("mlet_local", module, "ours", **mlet, **common))
         contenders += [_contender(name, module, name, **common) for name in ("dense", "torch_adagrad")]
         if peers:
             contenders.append(_contender("fbgemm", module, "fbgemm", **common))
@@ -218,6 +220,7 @@ def bench_train(
     }
     wanted |= {f"ours_over_{peer}": (f"ours_2_bounded.{rate}", f"{peer}.{rate}") for peer in ("fbgemm", "torchrec")}
     wanted["journal_over_none"] = (f"ours_2_journal.{rate}", f"ours_2_bounded.{rate}")
+    wanted["mlet_over_single_layer"] = (f"mlet_local.{rate}", f"ours_local.{rate}")
     wanted["ours_over_torch_adagrad"] = (f"ours_2_bounded.{rate}", f"torch_adagrad.{rate}")
     return comparison.summary(wanted)
 

@@ -63,6 +63,7 @@ class _Task:
             self.ids, self.dense, self.labels = file["ids"], file["dense"], file["labels"]
             self.rows: list[int] = file["rows"].tolist()
         self.dim = dim
+        self.collapsed: int | None = None
         self.batch = self.labels.shape[1]
         self.steps = len(self.ids) - WARM
         self.model_config = ModelConfig()
@@ -144,14 +145,24 @@ def fbgemm(path: str, dim: int, threads: int) -> dict[str, float]:
     return task.plain(lambda ids: tables(ids.reshape(-1), offsets).view(task.batch, len(task.rows), dim))
 
 
-def ours(path: str, dim: int, threads: int, shards: int, consistency: str, journal: bool = False) -> dict[str, float]:
+def ours(
+    path: str,
+    dim: int,
+    threads: int,
+    shards: int,
+    consistency: str,
+    journal: bool = False,
+    collapsed: int | None = None,
+) -> dict[str, float]:
     """Our own training step over shards in processes of their own; `shards` 0: tables in this process.
 
-    journal: the shards write every push to a temporary folder on disk before they acknowledge it.
+    journal: the shards write every push to a temporary folder on disk before they acknowledge it. collapsed: MLET with
+    factors of width `dim` that give vectors of this width, in place of single-layer tables of width `dim`.
     """
     kernels.warm_up()
     begin = time.perf_counter()
     task = _Task(path, dim, threads)
+    task.collapsed = collapsed
     with ExitStack() as stack:
         pids: list[int] = []
         if shards:
@@ -217,8 +228,11 @@ def _batches(task: _Task) -> Iterator[Batch]:
 
 def _spec(task: _Task) -> NetworkSpec:
     names = [f"c{i}" for i in range(1, len(task.rows) + 1)]
+    shape: dict[str, Any] = {"dim": task.dim}
+    if task.collapsed is not None:
+        shape = {"method": "mlet", "dim": task.collapsed, "inner_dim": task.dim}
     return NetworkSpec(
-        features=[Feature(name=n, cardinality=r, dim=task.dim) for n, r in zip(names, task.rows, strict=True)],
+        features=[Feature(name=n, cardinality=r, **shape) for n, r in zip(names, task.rows, strict=True)],
         model=task.model_config,
         data=Schema(
             source="bench",
