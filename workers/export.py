@@ -104,6 +104,11 @@ class _Exporter:
     """One network in one format."""
 
     def __init__(self, network: Network, format: str) -> None:
+        if generated := next((one for one in network.spec.features if one.column), None):
+            raise ExportError(
+                f"--format {format}: holds one vector per column, but column {generated.column!r} has one per "
+                f"partition: train with embedding.operation mult, add or concat to export"
+            )
         self.network, self.format, self.store = network, format, network.embeddings.store
         self.features = served_features(network)
         self.entries = entries(network, self.features, self.store)

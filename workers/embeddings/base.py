@@ -33,8 +33,10 @@ class PartialOptions(BaseModel):
     moduli: tuple[int, ...] | None = Field(
         default=None, description="qr, qr_path: rows of every sub-table, not a ratio"
     )
-    operation: Literal["mult", "add", "concat"] | None = Field(
-        default=None, description="qr, double_hash: how the vectors of an id become one; None: mult, add"
+    operation: Literal["mult", "add", "concat", "generate"] | None = Field(
+        default=None,
+        description="qr, double_hash: how the vectors of an id become one; None: mult, add; generate (qr): the model "
+        "takes each as a feature",
     )
     partitions: int | None = Field(
         default=None, ge=1, le=16, description="qr, qr_path, double_hash: sub-tables; None: 2, 2, 1"
@@ -123,13 +125,19 @@ class RowMap:
 
 
 class Feature(FeatureOptions):
-    """One categorical input. cardinality: ids lie in [0, cardinality); distinct: an estimate of how many occur."""
+    """One categorical input. cardinality: ids lie in [0, cardinality); distinct: an estimate of how many occur.
+
+    column: where its ids stand, if not under its name. part: of method qr with operation generate, the partition whose
+    rows are its vectors (`planning.generated` makes such features).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(min_length=1)
     cardinality: int | None = Field(default=None, gt=0)
     distinct: int | None = Field(default=None, ge=0)
     seed: int = 0
+    column: str | None = None
+    part: int | None = None
 
     @property
     def full_rows(self) -> int:

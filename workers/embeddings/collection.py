@@ -258,11 +258,12 @@ class EmbeddingBagCollection(nn.Module):
     def _positions_in(self, ids: Ids) -> np.ndarray:
         if self._positions[0] != ids.features:
             places = {name: i for i, name in enumerate(ids.features)}
-            if missing := [name for name in self.names if name not in places]:
+            columns = [feature.column or feature.name for feature in self.features]
+            if missing := [name for name in columns if name not in places]:
                 raise EmbeddingError(
                     f"the batch has no ids for feature {missing[0]!r}: it holds {', '.join(ids.features) or 'none'}"
                 )
-            self._positions = (ids.features, np.array([places[name] for name in self.names], np.int64))
+            self._positions = (ids.features, np.array([places[name] for name in columns], np.int64))
         return self._positions[1]
 
     def _block_rank(self) -> np.ndarray:

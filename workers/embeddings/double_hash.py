@@ -30,6 +30,8 @@ class DoubleHash(Method):
             raise EmbeddingError(
                 f"feature {feature.name!r}: method double_hash has one or two tables, not embedding.partitions={count}"
             )
+        if operation == "generate":
+            raise EmbeddingError(f"feature {feature.name!r}: embedding.operation=generate is for method qr")
         width = part_width(feature, operation, 2)
         rows = _rows(feature, width * count)
         tables = [

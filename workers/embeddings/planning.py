@@ -64,7 +64,7 @@ class EmbeddingConfig(FeatureOptions):
 
 
 def plan_features(schema: Schema, config: EmbeddingConfig, seed: int = 0) -> list[Feature]:
-    """One Feature per categorical column, in the columns' order.
+    """One Feature per categorical column, in the columns' order; several where `generated` makes them.
 
     With `bytes`, every feature gets the ratio that `fit_bytes` finds, but for those with sizes of their own.
 
@@ -89,14 +89,35 @@ def plan_features(schema: Schema, config: EmbeddingConfig, seed: int = 0) -> lis
         feature = Feature(name=column.name, seed=seed, **stated)
         check_options(feature)
         features.append(feature)
-    if config.bytes is None:
+    return generated(_sized(features, config.bytes))
+
+
+def _sized(features: list[Feature], budget: int | None) -> list[Feature]:
+    if budget is None:
         return size_shared_tables(features)
     if all(feature.method == "mem_rec" for feature in features):
-        return size_shared_tables(features, config.bytes // 4)
+        return size_shared_tables(features, budget // 4)
     sized = ["ratio" in METHODS[f.method].options and not _has_size(f) for f in features]
     return fit_bytes(
-        features, sized, config.bytes, lambda f: build_method(f, Optimizer()), lambda m: EmbeddingSize.of(m).parameters
+        features, sized, budget, lambda f: build_method(f, Optimizer()), lambda m: EmbeddingSize.of(m).parameters
     )
+
+
+def generated(features: Sequence[Feature]) -> list[Feature]:
+    """Each feature of method qr with operation generate as one feature NAME.J per partition J; the others as they are.
+
+    A feature that stays full stays one.
+    """
+    found = []
+    for feature in features:
+        parts = [] if feature.operation != "generate" else build_method(feature, Optimizer()).tables
+        if len(parts) < 2:
+            found.append(feature)
+            continue
+        for part in range(len(parts)):
+            own = {"name": f"{feature.name}.{part}", "column": feature.name, "part": part}
+            found.append(feature.model_copy(update=own))
+    return found
 
 
 def build_method(feature: Feature, optimizer: Optimizer) -> Method:
@@ -156,7 +177,7 @@ class EmbeddingSize(BaseModel):
     @classmethod
     def of(cls, methods: Iterable[Method]) -> EmbeddingSize:
         methods = list(methods)
-        full = sum(m.feature.full_rows * m.feature.dim for m in methods)
+        full = sum(m.feature.full_rows * m.feature.dim for m in methods if not m.feature.part)
         # A table that several features read counts once.
         tables = {table.name: table.rows * table.width for m in methods for table in m.tables}
         dense = sum(p.numel() for m in methods for p in m.parameters())
@@ -180,8 +201,9 @@ def feature_table(methods: Sequence[Method]) -> list[dict[str, Any]]:
                 "rows": sum(table.rows for table in method.tables),
                 "width": feature.dim,
                 "parameters": size.parameters,
-                "full_rows": feature.full_rows,
-                "ratio": round(size.ratio, 3),
+                "full_rows": 0 if feature.part else feature.full_rows,
+                # What `full` would be stands beside the first of a column's partitions only.
+                "ratio": round(size.ratio, 3) if feature.part is None else None,
             }
         )
     total = EmbeddingSize.of(methods)
@@ -194,7 +216,7 @@ def feature_table(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "rows": sum(tables.values()),
             "width": "",
             "parameters": total.parameters,
-            "full_rows": sum(method.feature.full_rows for method in methods),
+            "full_rows": sum(method.feature.full_rows for method in methods if not method.feature.part),
             "ratio": round(total.ratio, 3),
         }
     )

@@ -21,7 +21,9 @@ class QR(Method):
 
     Sizes: `rows` m_1 (the ids that share a row of the quotient table, DLRM's "collisions"; the same for all tables but
     the last), `moduli` for each, or `ratio`. mult and add multiply and add vectors of width d, concat joins vectors of
-    width d / k. A feature with at most `threshold` rows (200, as in DLRM), or where qr has no fewer, stays full.
+    width d / k; generate leaves them apart: the model takes each partition's vector as a feature of its own (the
+    paper's feature generation; `planning.generated`). A feature with at most `threshold` rows (200, as in DLRM), or
+    where qr has no fewer, stays full.
     Bags are pooled after composing; DLRM's code pools each table first, which for mult is another function.
     """
 
@@ -31,21 +33,32 @@ class QR(Method):
     def __init__(self, feature: Feature, optimizer: Optimizer) -> None:
         operation = feature.operation or "mult"
         moduli = moduli_of(feature, operation)
-        initializer = part_initializer(operation, len(moduli), feature.full_rows)
+        own = range(len(moduli)) if feature.part is None else [feature.part]
         tables = [
             TableSpec(
-                name=f"{feature.name}.partition{j}",
-                rows=modulus,
+                name=f"{feature.column or feature.name}.partition{j}",
+                rows=moduli[j],
                 width=part_width(feature, operation, len(moduli)),
-                initializer=initializer,
+                # A vector that stands alone begins as that of a full table of its rows.
+                initializer=part_initializer(
+                    operation, len(moduli), moduli[j] if operation == "generate" else feature.full_rows
+                ),
                 optimizer=optimizer,
             )
-            for j, modulus in enumerate(moduli)
+            for j in own
         ]
-        super().__init__(feature, tables, [Lookup(j, row_map) for j, row_map in enumerate(row_maps(feature, moduli))])
+        maps = row_maps(feature, moduli)
+        super().__init__(feature, tables, [Lookup(i, maps[j]) for i, j in enumerate(own)])
         self.operation = operation
 
     def compose(self, rows: Sequence[Tensor]) -> Tensor:
+        if len(rows) == 1:
+            return rows[0]
+        if self.operation == "generate":
+            raise EmbeddingError(
+                f"feature {self.feature.name!r}: operation generate gives {len(rows)} vectors: make a feature of each "
+                f"with planning.generated, or choose mult, add or concat"
+            )
         return combine(self.operation, rows)
 
     def together(self) -> Hashable:
