@@ -22,8 +22,12 @@ import numpy as np
 from ..parameter_server.checkpoint import read_block, read_manifest
 from ..parameter_server.kernels import rows_of_share
 from ..parameter_server.tables import Initializer, Optimizer, TableSpec
+from .errors import ConfigError
 
 HISTORY_FILE = "history.jsonl"
+FINAL = "final"  # the checkpoint that is compared, in the same folder
+KINDS = ("kill", "stop", "partition", "rescale")
+FAULTS_PER_MINUTE = 6
 VALUES = {"items": "weight", "squares": "sum"}
 """Table -> what of it is compared."""
 MAX_UNKNOWN = 12  # pushes to one block that were never answered: every subset of them is tried
@@ -280,3 +284,30 @@ def _likeliest(values: np.ndarray, expected: np.ndarray, changes: Sequence[np.nd
         if wrong < fewest:
             best, fewest = candidate, wrong
     return best
+
+
+def judge(folder: Path, minutes: float) -> dict[str, Any]:
+    """Compares history and final checkpoint of a run; `problems`: why it does not count. minutes: it was to last.
+
+    Raises:
+        ConfigError: the folder holds no history. ValueError, CheckpointError: what it holds cannot be read.
+    """
+    if not (folder / HISTORY_FILE).is_file():
+        raise ConfigError(f"{folder}: not the folder of a chaos run (no {HISTORY_FILE})")
+    verdict = check(History.read(folder / HISTORY_FILE), read_tables(str(folder / FINAL)))
+    return verdict.as_dict() | {"problems": problems_of(verdict, minutes)}
+
+
+def problems_of(verdict: Verdict, minutes: float) -> list[str]:
+    """Why a run does not count; empty if it does."""
+    problems = []
+    if verdict.rows_lost or verdict.rows_doubled:
+        problems.append(f"{verdict.rows_lost} rows lost and {verdict.rows_doubled} doubled")
+    if verdict.rows_compared != verdict.rows_touched or not verdict.rows_touched:
+        problems.append(f"{verdict.rows_compared} of {verdict.rows_touched} rows touched were compared")
+    faults = verdict.faults_injected
+    if minutes >= 1 and (missing := [kind for kind in KINDS if not faults.get(kind)]):
+        problems.append(f"no {', '.join(missing)} was injected")
+    if (count := sum(faults.values())) < int(FAULTS_PER_MINUTE * minutes):
+        problems.append(f"{count} faults in {minutes:g} minutes are fewer than {FAULTS_PER_MINUTE} a minute")
+    return problems

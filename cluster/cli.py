@@ -13,6 +13,7 @@ import traceback
 import typer
 
 from .cli_bench import bench
+from .cli_chaos import chaos
 from .cli_compare import compare
 from .cli_data import convert, generate, inspect
 from .cli_export import export
@@ -42,6 +43,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(scale)
 app.command()(status)
+app.command()(chaos)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
 

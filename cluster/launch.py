@@ -77,14 +77,14 @@ class Trainer:
             if self.resume:
                 _end_leftovers(read_run(folder.path), address)
             folder.update(ray_address=address, ray_auth_mode=os.environ.get("RAY_AUTH_MODE"), namespace=namespace)
-            members = _Members(namespace, cluster.driver_timeout, run_token(namespace))
+            members = Members(namespace, cluster.driver_timeout, run_token(namespace))
             try:
                 return _Session(self.config, folder, members, interrupt, self.progress).run()
             finally:
                 members.end()
 
 
-class _Members:
+class Members:
     """The coordinator of this start of the run, and through it the shards."""
 
     def __init__(self, namespace: str, driver_timeout: float, token: SecretStr) -> None:
@@ -110,7 +110,7 @@ class _Session:
     """One start of a run, while its coordinator lives."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, members: _Members, interrupt: Interrupt, progress: ProgressReporter
+        self, config: RunConfig, folder: RunFolder, members: Members, interrupt: Interrupt, progress: ProgressReporter
     ) -> None:
         self.config = config
         self.folder = folder

@@ -1,10 +1,27 @@
 """The checker of chaos runs: whatever is wrong at the end is seen, and whatever may be is not held against it."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from embershard.cluster.chaos_history import VALUES, History, Recorder, TableState, Verdict, Workload, check
+from embershard.cluster.chaos_history import (
+    FINAL,
+    HISTORY_FILE,
+    KINDS,
+    VALUES,
+    History,
+    Recorder,
+    TableState,
+    Verdict,
+    Workload,
+    check,
+    problems_of,
+)
+from embershard.cluster.chaos_pusher import Pusher
+from embershard.cluster.cli import main
+from embershard.parameter_server.local import LocalStore
 
 WORKLOAD = Workload(seed=3, rows=50, width=3, touched=8)
 
@@ -158,3 +175,80 @@ def test_too_many_unknown_pushes_are_refused(case: Case) -> None:
         case.push(step, acknowledged=False)
     with pytest.raises(ValueError, match="pushes were never answered, more than 12"):
         case.verdict()
+
+
+def verdict_of(**changes: object) -> Verdict:
+    right = {"rows_touched": 4, "rows_compared": 4, "faults_injected": dict.fromkeys(KINDS, 3)}
+    return Verdict(**right | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"rows_lost": 1}, "1 rows lost and 0 doubled"),
+        ({"rows_doubled": 2}, "0 rows lost and 2 doubled"),
+        ({"rows_compared": 3}, "3 of 4 rows touched were compared"),
+        ({"rows_compared": 0, "rows_touched": 0}, "0 of 0 rows touched were compared"),
+        ({"faults_injected": {"kill": 9, "stop": 9, "rescale": 9}}, "no partition was injected"),
+        ({"faults_injected": dict.fromkeys(KINDS, 2)}, "8 faults in 2 minutes are fewer than 6 a minute"),
+    ],
+)
+def test_when_a_run_does_not_count(changes: dict[str, object], why: str) -> None:
+    assert problems_of(verdict_of(), 2) == []
+    assert problems_of(verdict_of(**changes), 2) == [why]
+
+
+def test_a_run_that_was_left_is_judged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the pushes wrote down and what the store saved, by the command."""
+    recorder = Recorder(tmp_path / HISTORY_FILE)
+    recorder.write("workload", **WORKLOAD.__dict__)
+    recorder.write("generation", generation=1, step=0, workers=1)
+    with LocalStore(shards=2, blocks=40) as store:
+        store.create_tables(WORKLOAD.tables())
+        store.begin(1, 1, 0)
+        pusher = Pusher(store, WORKLOAD, recorder, client=0, workers=1, generation=1)
+        pusher.run(1, 4, sync=False)
+        pusher.run(5, 4, sync=True)
+        store.save(str(tmp_path / FINAL)).result()
+        for kind in KINDS:
+            recorder.write("fault", kind=kind, target="", seconds=0)
+        found = judged(tmp_path, monkeypatch, capsys)
+        assert (found["pushes_acknowledged"], found["rows_lost"], found["rows_doubled"], found["code"]) == (8, 0, 0, 0)
+        recorder.write("issued", generation=1, client=0, step=9, sync=False)
+        recorder.write("acknowledged", generation=1, client=0, step=9)
+        found = judged(tmp_path, monkeypatch, capsys)
+        assert (found["rows_lost"], found["rows_doubled"], found["code"]) == (2 * WORKLOAD.touched, 0, 1)
+
+
+def judged(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    arguments = ["chaos", "--check", str(folder), "--minutes", "0.5", "--json"]
+    monkeypatch.setattr(sys, "argv", ["embershard", *arguments])
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return {"code": code, **json.loads(capsys.readouterr().out.splitlines()[-1])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--mutant", "hope"], "--mutant: 'hope' is no guard; there are cut, fence, "),
+        (["--check", "."], "not the folder of a chaos run"),
+    ],
+)
+def test_what_the_command_does_not_take(
+    arguments: list[str],
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["embershard", "chaos", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, error in capsys.readouterr().err) == (2, True)

@@ -8,7 +8,7 @@ import pytest
 from embershard.cluster.cli import main
 from embershard.cluster.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "export", "compare", "convert", "generate", "inspect", "doctor")
+COMMANDS = ("train", "evaluate", "export", "compare", "convert", "generate", "inspect", "chaos", "doctor")
 
 
 class Result:

@@ -1,0 +1,232 @@
+"""`embershard chaos`: faults at random against a job that pushes, and at the end every row is counted.
+
+The job is two processes that push whole-numbered gradients through the store's own client to shards that keep journals,
+under the coordinator of every run. docs/chaos.md says what is injected and compared.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from pydantic import SecretStr
+from ray.exceptions import RayError
+
+from ..parameter_server import failpoints
+from ..parameter_server.blocks import BlockMap
+from ..parameter_server.client import StoreClient
+from ..parameter_server.kernels import locate
+from ..parameter_server.security import run_token
+from ..parameter_server.store import StoreError
+from .calls import ask
+from .chaos_faults import Faults
+from .chaos_history import FINAL, HISTORY_FILE, Recorder, Workload, judge, read_tables
+from .chaos_pusher import Pusher
+from .errors import ConfigError, RunFailed, one_line, root_cause
+from .launch import Members
+from .progress import ProgressReporter
+from .ray_session import ray_session
+from .run_state import ShardPlan
+from .shard_group import NAME
+
+PUSHERS = 2
+BLOCKS = 64
+LEASE_SECONDS = 8.0
+START_SECONDS = 120.0
+CALL_SECONDS = 240.0  # for one pull or push, whatever happens to its shard meanwhile
+ROUND_STEPS = 100  # rounds of `bounded` and of `sync` take turns
+
+
+class PusherActor:
+    """A `Pusher` in a process of its own."""
+
+    def __init__(self, namespace: str, token: SecretStr, workload: Workload, history: str, client: int) -> None:
+        coordinator = ray.get_actor(NAME, namespace=namespace)
+        store = _connect(coordinator, token)
+        self._pusher = Pusher(store, workload, Recorder(Path(history)), client=client, workers=PUSHERS, generation=1)
+
+    def run(self, first: int, steps: int, sync: bool) -> None:
+        self._pusher.run(first, steps, sync=sync)
+
+
+def _connect(coordinator: Any, token: SecretStr) -> StoreClient:
+    def find_map() -> BlockMap | None:
+        try:
+            block_map: BlockMap = ray.get(coordinator.block_map.remote(), timeout=5.0)
+        except RayError:
+            return None
+        return block_map
+
+    addresses = ask(coordinator, "block_map").addresses
+    return StoreClient.connect(addresses, timeout=CALL_SECONDS, token=token, find_map=find_map)
+
+
+def run_chaos(
+    folder: Path, minutes: float, seed: int, mutant: str | None, progress: ProgressReporter
+) -> dict[str, Any]:
+    """Runs the job on a Ray of its own and compares; the result is what `embershard chaos --json` prints.
+
+    mutant: a guard of the shards (`failpoints.GUARDS`) that is switched off. `problems` in the result says why the run
+    does not count, if it does not.
+
+    Raises:
+        ConfigError: the folder is not empty. RunFailed: shards or pushers could not be started, or nothing compared.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: give --output another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    armed = f"{mutant}=skip" if mutant else ""
+    os.environ[failpoints.VARIABLE] = armed  # of every process of this Ray
+    namespace = f"embershard-chaos-{secrets.token_hex(4)}"
+    progress.note(f"chaos for {minutes:g} minutes, seed {seed}, in {folder}; starting Ray")
+    with ray_session(None, namespace, START_SECONDS):
+        members = Members(namespace, START_SECONDS, run_token(namespace))
+        try:
+            job = _Job(folder.resolve(), seed, armed, members, progress)
+            problem = job.run(minutes)
+            job.compare()
+        finally:
+            members.end()
+    result = judge(folder, minutes) | {"minutes": minutes, "seed": seed, "rescales_completed": job.faults.rescaled}
+    if problem is not None:
+        result["problems"].insert(0, problem)
+    return result
+
+
+class _Job:
+    """Shards, pushers and faults of one run."""
+
+    def __init__(self, folder: Path, seed: int, armed: str, members: Members, progress: ProgressReporter) -> None:
+        self._folder = folder
+        self._members = members
+        self._progress = progress
+        self._workload = Workload(seed)
+        self._recorder = Recorder(folder / HISTORY_FILE)
+        self._shards = 2
+        self._token: SecretStr = self._start(seed)
+        self._store = _connect(members.coordinator, self._token)
+        self._store.create_tables(self._workload.tables())
+        self._store.begin(1, PUSHERS, 0)
+        self._recorder.write("workload", **asdict(self._workload))
+        self._recorder.write("generation", generation=1, step=0, workers=PUSHERS)
+        self.faults = Faults(
+            members.namespace,
+            self._recorder,
+            seed=seed,
+            lease=LEASE_SECONDS,
+            armed=armed,
+            shards=lambda: self._shards,
+            note=progress.note,
+        )
+
+    def _start(self, seed: int) -> SecretStr:
+        plan = ShardPlan(
+            namespace=self._members.namespace,
+            shards=self._shards,
+            cpus=0.1,
+            blocks=BLOCKS,
+            seed=seed,
+            loopback=True,
+            start_timeout=START_SECONDS,
+            lease=LEASE_SECONDS,
+            journal=str(self._folder / "journal"),
+            journal_bytes=1 << 20,
+        )
+        ask(self._members.coordinator, "start", plan, within=3 * START_SECONDS)
+        token: SecretStr = ask(self._members.coordinator, "token")
+        return token
+
+    def run(self, minutes: float) -> str | None:
+        """Rounds of pushes under faults until the time is over; returns why it ended early, if it did."""
+        actor = ray.remote(PusherActor).options(num_cpus=0)
+        history = str(self._folder / HISTORY_FILE)
+        pushers = [
+            actor.remote(self._members.namespace, self._token, self._workload, history, client)
+            for client in range(PUSHERS)
+        ]
+        began, step, number = time.monotonic(), 1, 0
+        self.faults.start()
+        problem = None
+        try:
+            while time.monotonic() < began + 60 * minutes:
+                sync = number % 3 == 2
+                self._wait([pusher.run.remote(step, ROUND_STEPS, sync) for pusher in pushers])
+                step, number = step + ROUND_STEPS, number + 1
+                self._progress.advance({"step": step - 1, "shards": self._shards})
+        except (RunFailed, RayError) as error:
+            problem = one_line(root_cause(error))
+            self._progress.note(f"pushing ended early: {problem}")
+        finally:
+            self.faults.end()
+        for pusher in pushers:
+            ray.kill(pusher)
+        return problem
+
+    def _wait(self, calls: list[Any]) -> None:
+        """Until all calls have come back, or one has failed; meanwhile the coordinator hears from its driver."""
+        while calls:
+            done, calls = ray.wait(calls, timeout=0.5)
+            ray.get(done)
+            self._heartbeat()
+
+    def _heartbeat(self) -> None:
+        news = self._members.poll()
+        for record in news.records:
+            if note := record.get("note"):
+                self._progress.note(str(note))
+        self._shards = len(news.addresses) or self._shards
+        if news.problem is not None:
+            raise RunFailed(news.problem)
+
+    def compare(self) -> None:
+        """Kills every shard once more, waits for them, and writes down what they hold as the checkpoint FINAL.
+
+        Raises:
+            RunFailed: they do not come back, or pulls and checkpoint do not agree.
+        """
+        self._heartbeat()
+        self._progress.note("killing every shard once more, then comparing")
+        self.faults.kill_every_shard()
+        self._patiently(self._save)
+        pulled = self._patiently(self._pull)
+        saved = read_tables(str(self._folder / FINAL))["items"].values
+        if not np.array_equal(pulled, saved):
+            raise RunFailed(f"rows as pulled and as in {self._folder / FINAL} differ")
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 2 * CALL_SECONDS
+        while True:
+            with suppress(RunFailed):
+                self._heartbeat()
+            try:
+                return action()
+            except StoreError as error:
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"the shards did not come back to be compared: {one_line(error)}") from error
+                self._progress.note(f"not yet: {one_line(error)}")
+            time.sleep(1.0)
+
+    def _save(self) -> None:
+        self._store.save(str(self._folder / FINAL)).result()
+
+    def _pull(self) -> np.ndarray:
+        layout = self._store.layout
+        ref = layout.ref("items")
+        rows = np.arange(self._workload.rows)
+        part, inverse = locate(
+            layout.slabs[ref.slab],
+            np.array([ref.table], np.int32),
+            np.array([0, len(rows)]),
+            rows,
+            self._store.block_map.rank(),
+        )
+        values: np.ndarray = self._store.pull([part]).result()[0][inverse]
+        return values
