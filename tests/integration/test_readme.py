@@ -52,6 +52,6 @@ def test_commands_and_settings_that_are_mentioned_exist(page: Path) -> None:
     known |= {str(group.name) for group in app.registered_groups}
     assert set(re.findall(r"^(?:\$ )?embershard (\w+)", text, re.MULTILINE)) <= known
     sections = RunConfig.model_fields
-    for section, key in re.findall(r"\b(\w+)\.(\w+)=", text):
+    for section, key in re.findall(r"(?<![\w.])(\w+)\.(\w+)[\w.]*=", text):  # also section.key.more=
         assert section in sections, section
         assert key in sections[section].annotation.model_fields, f"{section}.{key}"  # type: ignore[union-attr]
