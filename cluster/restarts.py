@@ -1,11 +1,24 @@
-"""Which failures of the worker group Ray Train mends by starting it again."""
+"""What we decide instead of Ray Train: how many workers there are, and which failures end a run."""
 
 from __future__ import annotations
 
 from ray.train import FailureConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from .errors import is_final, root_cause
+
+
+class FixedWorkers(FixedScalingPolicy):  # type: ignore[misc]  # Ray has no types
+    """As many workers as configured. Their placement group is the only request for room.
+
+    Ray's own policy also registers with an actor that divides a cluster between Ray Train and Ray Data: one more
+    process in every start.
+    """
+
+    def after_controller_start(self, train_run_context: object) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
 
 
 class RestartPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types

@@ -14,7 +14,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from .config import ClusterConfig, RunConfig
 from .errors import RunFailed
-from .restarts import RestartPolicy, lacks_room
+from .restarts import FixedWorkers, RestartPolicy, lacks_room
 from .run_folder import RunFolder
 from .worker_loop import run_worker
 
@@ -24,7 +24,7 @@ _UNUSED_CALLBACKS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
 class _WorkerTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
-    """TorchTrainer with our failure policy, and without the helpers that a run has no use for.
+    """TorchTrainer with our policies, and without the helpers that a run has no use for.
 
     A Ray that names those otherwise starts them; one that is built otherwise retries what is final, too.
     """
@@ -35,7 +35,8 @@ class _WorkerTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         limit = self.run_config.failure_config.max_failures
-        return super()._initialize_and_run_controller(**parts | {"failure_policy": RestartPolicy(limit)})
+        ours = {"failure_policy": RestartPolicy(limit), "scaling_policy": FixedWorkers(self.scaling_config)}
+        return super()._initialize_and_run_controller(**parts | ours)
 
 
 def start_workers(config: RunConfig, folder: RunFolder, namespace: str) -> dict[str, Any]:

@@ -233,5 +233,17 @@ def test_the_coordinator_is_killed(home: Path, in_peace: Any) -> None:
     assert "the coordinator died and is back" in run.notes
 
 
+def test_a_killed_driver_leaves_nothing_behind(home: Path) -> None:
+    """The coordinator misses its heartbeat and ends everything of the run."""
+    run = Run(home, "driver", "train.epochs=100000", "cluster.driver_timeout=10")
+    run.wait_until(run.steps, "the first step")
+    assert len(processes("ShardActor")) == 2
+    run.process.kill()
+    deadline = time.monotonic() + 60
+    while processes("ShardActor") + processes("Coordinator"):
+        assert time.monotonic() < deadline, "not ended within 60 s"
+        time.sleep(0.1)
+
+
 def test_nothing_is_left_behind(home: Path) -> None:
     assert not [p for name in ("ShardActor", "Coordinator", "RayTrainWorker") for p in processes(name)]
