@@ -327,11 +327,11 @@ class Coordinator:
         assert group is not None
         block_map = state.block_map
         addresses = group.addresses()[: len(block_map.addresses)]
-        group.cancel_moves()
         if addresses != block_map.addresses:
             self._commit(BlockMap(block_map.epoch + 1, block_map.owners, addresses))
         else:
             group.announce(block_map)
+        group.cancel_moves(state.block_map.epoch)
 
     def _begin_afresh(self, why: str) -> None:
         """All shards anew and empty: the workers find no generation there, begin again and load the checkpoint."""

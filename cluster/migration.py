@@ -7,6 +7,7 @@ then on everything is repeated until it succeeds.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -130,6 +131,7 @@ class Migration:
         self.before = block_map
         self.after = BlockMap(block_map.epoch + 1, owners, tuple(addresses))
         self.moves = list(moves)
+        self.move = secrets.token_hex(8)  # so that a call that was under way for long ends no later move
         self.phase = Phase.COPY
         self.error: Exception | None = None
         self.copied_bytes = 0
@@ -179,7 +181,7 @@ class Migration:
                 shards = range(max(len(self.before.addresses), len(self.after.addresses)))
                 return self._all(shards, "set_block_map", **described(self.after))
             case Phase.CANCEL:
-                return self._all(self._old, "cancel_moves")
+                return self._all(self._old, "cancel_moves", epoch=self.before.epoch, move=self.move)
         return []
 
     def succeeded(self, results: Sequence[Any]) -> None:
@@ -231,8 +233,9 @@ class Migration:
         ways: dict[tuple[int, int], list[int]] = {}
         for move in self.moves:
             ways.setdefault((move.source, move.target), []).append(move.block)
+        common = {"move": self.move, "epoch": self.before.epoch, **what}
         return [
-            Call(target, "fetch_blocks", {"blocks": blocks, "source": source, **what})
+            Call(target, "fetch_blocks", {"blocks": blocks, "source": source, **common})
             for (source, target), blocks in ways.items()
         ]
 

@@ -86,9 +86,13 @@ class ShardActor:
     def set_block_map(self, block_map: BlockMap) -> None:
         self._server.call("set_block_map", described(block_map))
 
-    def cancel_moves(self) -> None:
-        """No move of blocks is under way any more, whatever this shard may remember."""
-        self._server.call("cancel_moves", {})
+    def cancel_moves(self, epoch: int) -> None:
+        """No move of blocks is under way any more, whatever this shard may remember; epoch: of the map in force.
+
+        Raises:
+            BusyError: the shard has another map, so that it cannot tell what is its own.
+        """
+        self._server.call("cancel_moves", {"epoch": epoch})
 
     def forget(self) -> None:
         """Throws the journal away: nobody will come back to what it holds."""

@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..parameter_server.blocks import BlockMap
+from ..parameter_server.store import StoreError
 from .errors import RunFailed, one_line, root_cause
 from .liveness import Liveness
 from .run_state import Member, RunState, ShardPlan
@@ -113,10 +114,10 @@ class ShardGroup:
             remove_placement_group(_place(group))
         del members[shards:], self._shards[shards:]
 
-    def cancel_moves(self) -> None:
+    def cancel_moves(self, epoch: int) -> None:
         """To be called when no move is under way: a shard that was away may have missed the end of one."""
-        for call in [shard.actor.cancel_moves.remote() for shard in self._shards if shard is not None]:
-            with suppress(RayActorError, GetTimeoutError):
+        for call in [shard.actor.cancel_moves.remote(epoch) for shard in self._shards if shard is not None]:
+            with suppress(RayError, StoreError):  # one that has not heard of the map hears of both later
                 ray.get(call, timeout=self._state.plan.start_timeout)
 
     def restart_empty(self, number: int) -> None:

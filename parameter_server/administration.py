@@ -27,7 +27,9 @@ Fetched = tuple[int, dict[str, np.ndarray], int]  # a block, its tensors, their 
 class Fetch(Protocol):
     """Gets blocks, or what changed of them, from shard `source`."""
 
-    def __call__(self, blocks: Sequence[int], source: int, *, changes: bool, seal: bool) -> Iterable[Fetched]: ...
+    def __call__(
+        self, blocks: Sequence[int], source: int, move: str, *, changes: bool, seal: bool
+    ) -> Iterable[Fetched]: ...
 
 
 class Administration:
@@ -167,14 +169,19 @@ class Administration:
             time.sleep(SETTLE_POLL_SECONDS)
         return state
 
-    def cancel_moves(self) -> None:
-        self.shard.cancel_moves()
+    def cancel_moves(self, epoch: int, move: str | None = None) -> None:
+        """Ends `move`, or whatever move is under way; one that has been committed since is not ended."""
+        self._expect(epoch)
+        self.shard.cancel_moves(move)
         self._deliver(self.shard.open_gate())
 
-    def fetch_blocks(self, blocks: list[int], source: int, changes: bool = False, seal: bool = False) -> int:
+    def fetch_blocks(
+        self, blocks: list[int], source: int, move: str, epoch: int, changes: bool = False, seal: bool = False
+    ) -> int:
         """Asks shard `source` for blocks, or for what changed of them; returns the bytes that came."""
+        self._expect(epoch)  # what an older move brought may be this shard's own by the map that it has not heard of
         total = 0
-        for block, tensors, size in self._fetch(blocks, source, changes=changes, seal=seal):
-            self.shard.receive_block(block, tensors)
+        for block, tensors, size in self._fetch(blocks, source, move, changes=changes, seal=seal):
+            self.shard.receive_block(block, move, tensors)
             total += size
         return total

@@ -221,7 +221,7 @@ class Contents:
         self._not_sealed()
         self._transit.cancel(self._transit.leaving.copy())
 
-    def begin_move(self, block: int) -> dict[str, np.ndarray]:
+    def begin_move(self, block: int, move: str) -> dict[str, np.ndarray]:
         """Begins to give a block away while it is served; see `Transit.begin`. Beginning again copies it anew.
 
         Raises:
@@ -232,9 +232,9 @@ class Contents:
                 raise StoreError(f"shard {self.number} does not hold block {block}")
             self._not_sealed()
             failpoints.hit("move.begun")
-            return self._transit.begin(self._memory, block)
+            return self._transit.begin(self._memory, block, move)
 
-    def changes_of(self, block: int, *, seal: bool = False) -> dict[str, np.ndarray]:
+    def changes_of(self, block: int, move: str, *, seal: bool = False) -> dict[str, np.ndarray]:
         """What changed of a block that is being given away; see `Transit.changes`.
 
         seal: no call reads or changes the block from now on; it is answered MOVED until the move ends.
@@ -243,9 +243,9 @@ class Contents:
             StoreError: the block is not on its way. BusyError: a cut still needs it, so that it cannot be sealed.
         """
         with self.lock:
+            self._transit.check_leaving(block, move)
             if seal and not failpoints.active("seal"):
                 self._not_in_cut(block)
-                self._transit.check_leaving(block)
                 self._record(Kind.SEAL, {"block": block})
                 self.seal(block)
                 failpoints.hit("move.sealed")
@@ -257,7 +257,7 @@ class Contents:
             self._transit.sealed[block] = True
             self._served[block] = False
 
-    def receive_block(self, block: int, tensors: Mapping[str, np.ndarray]) -> None:
+    def receive_block(self, block: int, move: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Takes in a block or its changes, which a later block map may make this shard's own; see `Transit.receive`.
 
         Raises:
@@ -268,16 +268,20 @@ class Contents:
                 raise StoreError(f"shard {self.number} holds block {block} already")
             if not self._transit.arrived[block]:
                 self._check_budget(_bytes_of(self._memory, 1), f"block {block}")
-            parts = self._transit.checked(self._memory, block, tensors)
-            self._record(Kind.INCOMING, {"block": block}, tensors)
-            self._transit.receive(self._memory, self.ledger, block, parts, tensors)
+            parts = self._transit.checked(self._memory, block, move, tensors)
+            self._record(Kind.INCOMING, {"block": block, "move": move}, tensors)
+            self._transit.receive(self._memory, self.ledger, block, move, parts, tensors)
             failpoints.hit("move.received")
 
-    def cancel_moves(self) -> None:
-        """What this shard was giving away it keeps and serves; what arrived and is not its own is forgotten."""
+    def cancel_moves(self, move: str | None = None) -> None:
+        """Ends `move`, or any that is under way.
+
+        What this shard was giving away it keeps and serves; what arrived and is not its own is forgotten.
+        """
         with self.lock:
-            if self.moving:
-                self._record(Kind.CANCEL_MOVES, {})
+            if not self.moving or move not in (None, self._transit.move):
+                return
+            self._record(Kind.CANCEL_MOVES, {})
             arrived = np.flatnonzero(self._transit.arrived & ~self._held).tolist()
             self._transit.cancel()
             for block in arrived:

@@ -67,10 +67,10 @@ class LocalStore(ShardedStore):
     def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
         return self._administrations[int(address.removeprefix(PREFIX))].call(method, arguments)
 
-    def _fetch(self, blocks: Sequence[int], source: int, *, changes: bool, seal: bool) -> Iterator[Fetched]:
+    def _fetch(self, blocks: Sequence[int], source: int, move: str, *, changes: bool, seal: bool) -> Iterator[Fetched]:
         member = self.members[source]
         for block in blocks:
-            tensors = member.changes_of(block, seal=seal) if changes else member.begin_move(block)
+            tensors = member.changes_of(block, move, seal=seal) if changes else member.begin_move(block, move)
             yield block, tensors, sum(tensor.nbytes for tensor in tensors.values())
 
     @staticmethod

@@ -98,7 +98,7 @@ def _apply(shard: Shard, record: Record) -> None:
     elif record.kind is Kind.ROWS:
         shard.overwrite_rows(content["slab"], tensors["index"], tensors["weights"], tensors.get("state"))
     elif record.kind is Kind.INCOMING:
-        shard.receive_block(content["block"], tensors)
+        shard.receive_block(content["block"], content["move"], tensors)
     elif record.kind is Kind.SEAL:
         shard.seal(content["block"])
     elif record.kind is Kind.CANCEL_MOVES:

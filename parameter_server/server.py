@@ -203,11 +203,11 @@ class ShardServer:
             return pb.ControlReply(error=f"{type(error).__name__}: {error}")
         return pb.ControlReply(result=json.dumps(result))
 
-    def _fetch(self, blocks: Sequence[int], source: int, *, changes: bool, seal: bool) -> Iterator[Fetched]:
+    def _fetch(self, blocks: Sequence[int], source: int, move: str, *, changes: bool, seal: bool) -> Iterator[Fetched]:
         address = self.shard.block_map.addresses[source]
         with self._security.channel(address, CHANNEL_OPTIONS) as channel:
             metadata = self._security.metadata
-            yield from transfer.fetch(channel, address, blocks, metadata=metadata, changes=changes, seal=seal)
+            yield from transfer.fetch(channel, address, blocks, move, metadata=metadata, changes=changes, seal=seal)
 
     async def _transfer(self, request: pb.TransferRequest, context: grpc.aio.ServicerContext) -> None:
         """Between two frames of a block the loop serves whoever else calls."""
@@ -215,9 +215,9 @@ class ShardServer:
         for number, block in enumerate(request.blocks, 1):
             try:
                 if request.changes:
-                    tensors = self.shard.changes_of(block, seal=request.seal)
+                    tensors = self.shard.changes_of(block, request.move, seal=request.seal)
                 else:
-                    tensors = self.shard.begin_move(block)
+                    tensors = self.shard.begin_move(block, request.move)
             except (StoreError, IndexError) as error:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"shard {self.shard.number}: {error}")
             for frame in transfer.encode_tensors(number, tensors):

@@ -54,14 +54,21 @@ def decode_tensors(header: bytes, payload: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def fetch(
-    channel: grpc.Channel, address: str, blocks: Sequence[int], *, metadata: Any, changes: bool, seal: bool
+    channel: grpc.Channel,
+    address: str,
+    blocks: Sequence[int],
+    move: str,
+    *,
+    metadata: Any,
+    changes: bool,
+    seal: bool,
 ) -> Iterator[tuple[int, dict[str, np.ndarray], int]]:
     """Blocks of the shard at `address`, or what changed of them (and nothing after, with `seal`): each with its bytes.
 
     Raises:
         StoreError: that shard refuses, does not answer within `SECONDS`, or sends what cannot be read.
     """
-    request = pb.TransferRequest(blocks=blocks, changes=changes, seal=seal).SerializeToString()
+    request = pb.TransferRequest(blocks=blocks, changes=changes, seal=seal, move=move).SerializeToString()
     assembler, left = Assembler(), list(blocks)
     try:
         call = channel.unary_stream(f"/{SERVICE}/{METHOD}")

@@ -58,6 +58,7 @@ class Transit:
         self.leaving = np.zeros(blocks, np.bool_)
         self.sealed = np.zeros(blocks, np.bool_)
         self.arrived = np.zeros(blocks, np.bool_)
+        self.move = ""  # which one of the coordinator's the blocks belong to
         self._changed: list[np.ndarray] = []
 
     @property
@@ -65,11 +66,12 @@ class Transit:
         """Whether a sealed block waits for the end of its move."""
         return bool(self.sealed.any())
 
-    def begin(self, memory: Sequence[SlabMemory], block: int) -> dict[str, np.ndarray]:
+    def begin(self, memory: Sequence[SlabMemory], block: int, move: str) -> dict[str, np.ndarray]:
         """Notes from now on what changes in a block; returns views of its rows: read them without any lock.
 
         A row that changes while it is read is noted, and sent again with the changes.
         """
+        self._belongs_to(move)
         if not self.leaving.any():
             self._changed = [_bitmap(slab.slab) for slab in memory]
         self.leaving[block] = True
@@ -84,12 +86,7 @@ class Transit:
             note_rows(index, rows_per_block, self.leaving, self._changed[slab])
 
     def changes(self, memory: Sequence[SlabMemory], ledger: Ledger, block: int) -> dict[str, np.ndarray]:
-        """The rows of a leaving block that changed since the last time, as they are now, and the block's ledger.
-
-        Raises:
-            StoreError: the block is not on its way, or no longer: its move has to begin again.
-        """
-        self.check_leaving(block)
+        """The rows of a leaving block that changed since the last time, as they are now, and the block's ledger."""
         tensors = {LEDGER + name: value for name, value in ledger.export_block(block).items()}
         for slab, changed in zip(memory, self._changed, strict=True):
             first = block * slab.slab.rows_per_block
@@ -100,7 +97,9 @@ class Transit:
             tensors[f"{slab.slab.id}/state"] = slab.state[rows]
         return tensors
 
-    def checked(self, memory: Sequence[SlabMemory], block: int, tensors: Mapping[str, np.ndarray]) -> list[Part]:
+    def checked(
+        self, memory: Sequence[SlabMemory], block: int, move: str, tensors: Mapping[str, np.ndarray]
+    ) -> list[Part]:
         """What `begin` or `changes` of the other shard gave, by slab, fit to be written.
 
         Raises:
@@ -108,7 +107,7 @@ class Transit:
         """
         parts = [_part(slab.slab, tensors) for slab in memory]
         whole = all(rows is None for rows, _, _ in parts)
-        if not whole and not self.arrived[block]:
+        if not whole and not (self.arrived[block] and self.move == move):
             raise StoreError(f"block {block}: changes came before the block itself: begin its move again")
         return parts
 
@@ -117,10 +116,12 @@ class Transit:
         memory: Sequence[SlabMemory],
         ledger: Ledger,
         block: int,
+        move: str,
         parts: Sequence[Part],
         tensors: Mapping[str, np.ndarray],
     ) -> None:
         """Writes what has been `checked`, and the ledger that came with it."""
+        self._belongs_to(move)
         for slab, (rows, weights, state) in zip(memory, parts, strict=True):
             own_weights, own_state = slab.block(block)
             where = slice(None) if rows is None else rows
@@ -129,9 +130,15 @@ class Transit:
             ledger.import_block(block, {name: tensors[LEDGER + name] for name in LEDGER_FIELDS})
         self.arrived[block] = True
 
-    def check_leaving(self, block: int) -> None:
-        """Raises StoreError if the block is not on its way."""
-        if not self.leaving[block]:
+    def _belongs_to(self, move: str) -> None:
+        """With the first block of a move, every other one is over: its coordinator is gone, or has given it up."""
+        if move != self.move:
+            self.cancel()
+            self.move = move
+
+    def check_leaving(self, block: int, move: str) -> None:
+        """Raises StoreError if the block is not on its way with this move: it has to begin again."""
+        if not self.leaving[block] or self.move != move:
             raise StoreError(f"block {block} is not on its way to another shard: begin its move again")
 
     def cancel(self, blocks: np.ndarray | slice = slice(None)) -> None:
@@ -171,6 +178,6 @@ def warm_up(index_dtype: np.dtype[np.unsignedinteger]) -> None:
     """Compiles the kernels of a move for indices of this dtype, or loads them from the cache."""
     memory = SlabMemory(Slab(0, (TableSpec(name="warm-up", rows=1, width=1),), 1))
     transit = Transit(1)
-    transit.begin([memory], 0)
+    transit.begin([memory], 0, "warm-up")
     transit.note(0, readable(np.zeros(1, index_dtype)), 1)
     transit.changes([memory], Ledger(1), 0)

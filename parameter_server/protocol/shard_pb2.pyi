@@ -107,14 +107,16 @@ class ControlReply(_message.Message):
     def __init__(self, result: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class TransferRequest(_message.Message):
-    __slots__ = ("blocks", "changes", "seal")
+    __slots__ = ("blocks", "changes", "seal", "move")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CHANGES_FIELD_NUMBER: _ClassVar[int]
     SEAL_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedScalarFieldContainer[int]
     changes: bool
     seal: bool
-    def __init__(self, blocks: _Optional[_Iterable[int]] = ..., changes: _Optional[bool] = ..., seal: _Optional[bool] = ...) -> None: ...
+    move: str
+    def __init__(self, blocks: _Optional[_Iterable[int]] = ..., changes: _Optional[bool] = ..., seal: _Optional[bool] = ..., move: _Optional[str] = ...) -> None: ...
 
 class TransferHeader(_message.Message):
     __slots__ = ("tensors",)

@@ -226,7 +226,7 @@ def test_a_generation_that_begins_meanwhile_ends_the_move() -> None:
 def test_shards_with_other_tables_refuse_each_others_blocks(field: str) -> None:
     store = LocalStore(shards=2, blocks=BLOCKS)
     store.create_tables(TABLES)
-    tensors = {name: np.array(value) for name, value in store.members[0].begin_move(0).items()}
+    tensors = {name: np.array(value) for name, value in store.members[0].begin_move(0, "m").items()}
     tensors[f"0/{field}"] = tensors[f"0/{field}"][1:]
     with pytest.raises(Exception, match="the shards do not have the same tables"):
-        store.members[1].receive_block(0, tensors)
+        store.members[1].receive_block(0, "m", tensors)

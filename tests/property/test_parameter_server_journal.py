@@ -79,8 +79,8 @@ def move(shard: Shard, name: str, value: int) -> None:
     if name == "cancel":
         shard.cancel_moves()
     elif name == "seal" and shard._held[block]:
-        shard.begin_move(block)
-        shard.changes_of(block, seal=True)
+        shard.begin_move(block, "m")
+        shard.changes_of(block, "m", seal=True)
     elif name == "incoming" and not shard._held[block] and shard.layout.slabs:
         ledger = {"client": [99], "generation": [1], "highest": [value], "window": [1]}
         tensors = {f"ledger/{n}": np.array(v, np.int64 if n == "generation" else np.uint64) for n, v in ledger.items()}
@@ -91,7 +91,7 @@ def move(shard: Shard, name: str, value: int) -> None:
             tensors[f"{slab.id}/state"] = np.full((rows, slab.state_width), 1 + value, np.float32)
             if changes:
                 tensors[f"{slab.id}/rows"] = np.zeros(1, np.int64)
-        shard.receive_block(block, tensors)
+        shard.receive_block(block, "m", tensors)
 
 
 def call(shard: Shard, name: str, value: Any) -> None:
