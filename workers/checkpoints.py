@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ import fsspec
 import numpy as np
 
 from ..parameter_server import checkpoint
-from ..parameter_server.files import MANIFEST
+from ..parameter_server.files import MANIFEST, CheckpointError, read_signed, write_signed
 from ..parameter_server.store import Store, StoreError
+
+BEST = "best.json"  # which checkpoint was evaluated best so far
 
 
 @dataclass
@@ -26,7 +29,10 @@ class Found:
 
 
 class Checkpoints:
-    """The checkpoints of a run, below `directory`: one at a time, written in the background; the newest `keep` stay."""
+    """The checkpoints of a run, below `directory`: one at a time, written in the background.
+
+    The newest `keep` stay, and the best one (`judge`).
+    """
 
     def __init__(
         self,
@@ -41,6 +47,26 @@ class Checkpoints:
         self._keep = keep
         self._report = report
         self._writing: tuple[str, Future[dict[str, Any]]] | None = None
+        self._best: dict[str, Any] | None = None
+
+    @property
+    def best(self) -> str | None:
+        """The checkpoint that was evaluated best; None before the first evaluation of one."""
+        best = self._read_best()
+        return f"{self.directory}/{_name(best['step'])}" if best else None
+
+    def judge(self, step: int, metric: str, value: float) -> None:
+        """What the evaluation at `step` said of the checkpoint of that step; higher is better."""
+        best = self._read_best()
+        if best is None or best["metric"] != metric or value > best["value"]:
+            self._best = {"step": step, "metric": metric, "value": value}
+            write_signed(self.directory, BEST, self._best)
+
+    def _read_best(self) -> dict[str, Any] | None:
+        if self._best is None:
+            with suppress(CheckpointError):
+                self._best = read_signed(self.directory, BEST)
+        return self._best
 
     def save(self, step: int, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Returns when the cut stands on every shard. Every push must have been acknowledged.
@@ -49,7 +75,7 @@ class Checkpoints:
             CheckpointError: the previous one could not be written.
         """
         self.finish()
-        path = f"{self.directory}/step-{step:09d}"
+        path = f"{self.directory}/{_name(step)}"
         self._writing = (path, self._store.save(path, step=step, tensors=tensors, state=state))
 
     def finish(self) -> bool:
@@ -75,11 +101,17 @@ class Checkpoints:
         names = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(root, detail=False))
         steps = [name for name in names if name.startswith("step-")]
         kept = [name for name in steps if fs.exists(f"{root}/{name}/{MANIFEST}")][-self._keep :]
+        if best := self._read_best():
+            kept.append(_name(best["step"]))
         for name in [name for name in steps if name not in kept]:
             # Without its manifest it is no checkpoint any more, however far the rest of the removal gets.
             if fs.exists(manifest := f"{root}/{name}/{MANIFEST}"):
                 fs.rm(manifest)
             fs.rm(f"{root}/{name}", recursive=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def newest(directory: str) -> tuple[Found | None, list[str]]:

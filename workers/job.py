@@ -40,7 +40,9 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(default=3, ge=1, description="newest checkpoints that stay")
+    keep: int = Field(
+        default=3, ge=1, description="newest checkpoints that stay; the one that was evaluated best stays, too"
+    )
 
 
 class TrainingJob(BaseModel):

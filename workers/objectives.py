@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -31,7 +31,9 @@ class Metrics(Protocol):
 
 
 class Objective(ABC):
-    """Between a model's outputs and the rows of a batch."""
+    """Between a model's outputs and the rows of a batch. judged_by: the metric that says which checkpoint is best."""
+
+    judged_by: ClassVar[str]
 
     @abstractmethod
     def loss(self, outputs: Tensor, labels: Tensor, batch: Batch) -> Tensor:
@@ -47,6 +49,8 @@ class Objective(ABC):
 
 class Clicks(Objective):
     """Binary cross-entropy of logits [B]; answers are logits and labels."""
+
+    judged_by = "auc"
 
     def loss(self, outputs: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum")
@@ -65,6 +69,8 @@ class Ranking(Objective):
     that the row neither knows nor should find. Answers are nDCG@10 and the number of items to find; what a row knows is
     not ranked, and rows with nothing to find count for nothing.
     """
+
+    judged_by = f"ndcg_at_{RANKED}"
 
     def __init__(self, config: ModelConfig) -> None:
         assert config.items is not None

@@ -240,11 +240,17 @@ class _Run:
     def _at_boundary(self, total: int, stopped: bool) -> dict[str, Any] | None:
         """Checkpoint and evaluation, whichever are due; returns the evaluation."""
         every, last = self.job.checkpoint.every, self.step == total
-        if last or (every and self.step % every == 0):
+        saved = last or (every and self.step % every == 0)
+        if saved:
             self._save()
         every = self.job.train.eval_every
         due = (last and not stopped) or (every and self.step % every == 0)
-        return self._evaluate(total) if due else None
+        result = self._evaluate(total) if due else None
+        if saved and result is not None and self.group.rank == 0:
+            metric = self.network.objective.judged_by
+            if (value := result[metric]) is not None:
+                self.checkpoints.judge(self.step, metric, value)
+        return result
 
     def _save(self) -> None:
         with self.meter.pause():
@@ -296,6 +302,7 @@ class _Run:
             "eval": dict(result) if result else None,
             **describe(self.network),
             "checkpoint": self.checkpoints.newest,
+            "best_checkpoint": self.checkpoints.best,
             "stopped": stopped,
         }
         if self.job.data.eval_path:

@@ -131,7 +131,7 @@ def test_resume_of_a_finished_run_trains_nothing(data: Path, tmp_path: Path) -> 
 
 def test_only_the_newest_checkpoints_stay(data: Path, tmp_path: Path) -> None:
     run(job(data, checkpoint={"every": 5, "keep": 2}), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000030", f"step-{STEPS:09d}"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000000030", f"step-{STEPS:09d}"]
 
 
 def test_a_damaged_checkpoint_is_skipped_and_said_so(data: Path, tmp_path: Path) -> None:
@@ -202,3 +202,17 @@ def test_repeated_requests_for_data_stand_in_records_and_summary(
     assert summary["data_retries"] == retried
     assert sum(record.get("data_retries", 0) for record in records) == retried
     assert summary["stall_seconds"] > 0
+
+
+def test_the_best_checkpoint_stays_too(data: Path, tmp_path: Path) -> None:
+    """Of the steps that were saved and evaluated the one with the highest AUC; said in the summary."""
+    train = {"eval_every": 5, "max_steps": 30}
+    # A rate that makes the model worse as it goes on: the best is not the newest.
+    worse = {"sparse": {"learning_rate": 3.0}, "dense": {"learning_rate": 1.0}}
+    settings = {"train": train, "checkpoint": {"every": 5, "keep": 1}, "optimizer": worse}
+    summary, records = run(job(data, **settings), tmp_path)
+    aucs = {record["step"]: record["auc"] for record in records if "auc" in record}
+    best = max(aucs, key=lambda step: (aucs[step], -step))
+    assert best != 30
+    assert Path(summary["best_checkpoint"]).name == f"step-{best:09d}"
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{best:09d}", "step-000000030"]
