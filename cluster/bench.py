@@ -116,6 +116,14 @@ def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict
     return run_rounds(contenders, rounds, tell).summary(wanted)
 
 
+def bench_moves(rounds: int, gigabytes: float, blocks: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """A shard leaves while a worker trains, beside the raw socket."""
+    leaving = _contender("moves", "cluster.move_bench", "leave", gigabytes=gigabytes, blocks=blocks)
+    raw = _contender("socket", "parameter_server.rpc_bench", "socket", width=64, ready=True)
+    wanted = {"moves_over_raw_socket": ("moves.gbps", "socket.pull_65536k_gbps")}
+    return run_rounds([leaving, raw], rounds, tell).summary(wanted)
+
+
 def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """The transport beside a raw socket and bare gRPC; real pulls and pushes beside the socket loop with a kernel.
 

@@ -32,6 +32,20 @@ def rpc(rounds: Rounds = 7, as_json: Json = False, debug: Debug = False) -> None
     _show(bench_rpc(rounds, _tell), as_json)
 
 
+@bench.command(epilog="Example: embershard bench moves --gigabytes 2 --rounds 3")
+def moves(
+    rounds: Rounds = 3,
+    gigabytes: Annotated[float, typer.Option(min=0.001, help="Rows and optimizer state of all shards.")] = 2.0,
+    blocks: Annotated[int, typer.Option(min=30, help="Blocks of the table; fewer are larger.")] = 32,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Blocks moving between shards while a worker trains: GB/s beside a raw socket, and what pulls took meanwhile."""
+    from .bench import bench_moves
+
+    _show(bench_moves(rounds, gigabytes, blocks, _tell), as_json)
+
+
 @bench.command(epilog="Example: embershard bench stream --data criteo/ --rounds 3")
 def stream(
     rounds: Rounds = 7,

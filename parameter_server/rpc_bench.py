@@ -66,20 +66,20 @@ def _table(width: int) -> TableSpec:
     return TableSpec(name="t", rows=TABLE_BYTES // (4 * width), width=width, optimizer=OPTIMIZER)
 
 
-def _serve_shard(width: int, ready: bool, journal: str | None, number: int, pipe: Connection) -> None:
+def _serve_shard(width: int, ready: bool, journal: str | None, blocks: int, number: int, pipe: Connection) -> None:
     keep_freed_memory()
     kernels.warm_up()
-    shard = ReadyShard(number, Layout(BLOCKS)) if ready else open_shard(number, BLOCKS, 0, journal=journal)[0]
+    shard = ReadyShard(number, Layout(blocks)) if ready else open_shard(number, blocks, 0, journal=journal)[0]
     if isinstance(shard, ReadyShard):
         shard.ready = np.ones((max(SIZES) // (4 * width), width), np.float32)
     pipe.send(ShardServer(shard).start())
-    shard.set_block_map(BlockMap.initial(BLOCKS, pipe.recv()))
+    shard.set_block_map(BlockMap.initial(blocks, pipe.recv()))
     pipe.recv()
 
 
 @contextmanager
 def shard_processes(
-    shards: int, *, width: int = 0, ready: bool = False, journal: str | None = None
+    shards: int, *, width: int = 0, ready: bool = False, journal: str | None = None, blocks: int = BLOCKS
 ) -> Iterator[tuple[tuple[str, ...], list[int]]]:
     """(addresses, process ids) of a store's shards, each in a process of its own, for as long as the block runs.
 
@@ -88,7 +88,7 @@ def shard_processes(
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(shards)]
     processes = [
-        context.Process(target=_serve_shard, args=(width, ready, folder, i, pipes[i][1]), daemon=True)
+        context.Process(target=_serve_shard, args=(width, ready, folder, blocks, i, pipes[i][1]), daemon=True)
         for i, folder in enumerate(None if journal is None else f"{journal}/shard-{i}" for i in range(shards))
     ]
     try:
