@@ -38,6 +38,7 @@ def train(
 
     Any setting can also stand in the environment: EMBERSHARD_TRAIN__EPOCHS=2.
     """
+    from . import compilation
     from .builtin import generated_schema, with_generated_data
     from .launch import Trainer
     from .preparation import planned_methods
@@ -45,6 +46,7 @@ def train(
 
     progress = ProgressReporter()
     config = read_configuration(arguments or [], resume=resume)
+    compilation.begin()
     if config.data.path is None:
         planned_methods(config, generated_schema())  # what is wrong with them is said before data is generated
         config = with_generated_data(config, progress)

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..datasets import bag_kernels
-from ..datasets import kernels as dataset_kernels
 from ..datasets.files import load_schema
 from ..datasets.schema import Schema
-from ..parameter_server import kernels as shard_kernels
 from ..parameter_server.blocks import BlockMap
-from ..workers.embeddings import kernels as worker_kernels
 from ..workers.embeddings.base import Method
 from ..workers.embeddings.planning import build_method, feature_table
 from ..workers.network import NetworkSpec
 from ..workers.placement import choose_placement
+from . import compilation
 from .config import RunConfig
 from .errors import ConfigError
 from .formatting import aligned
@@ -43,8 +41,7 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     config.embedding.placement, reason = choose_placement(config.job())  # once, for all workers
     progress.note(reason)
     progress.note("loading kernels (the first time on a machine compiles them)")
-    for room in (dataset_kernels, shard_kernels, worker_kernels):
-        room.warm_up()
+    compilation.finish()
     if any(column.bag for column in schema.categorical):
         bag_kernels.warm_up()
     return schema

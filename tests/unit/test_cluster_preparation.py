@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from embershard.cluster import preparation
+from embershard.cluster import compilation, preparation
 from embershard.cluster.config import RunConfig
 from embershard.cluster.progress import ProgressReporter
 from embershard.datasets import bag_kernels, decode, window
@@ -21,7 +21,7 @@ def test_kernels_of_bags_are_compiled_for_bags_alone(
     generate(path, rows=100, cardinalities=(10, 20), multi_hot=(most,), dense=2)
     compiled = []
     monkeypatch.setattr(bag_kernels, "warm_up", lambda: compiled.append("bags"))
-    for room in (preparation.dataset_kernels, preparation.shard_kernels, preparation.worker_kernels):
+    for room in (compilation.dataset_kernels, compilation.contents, compilation.worker_kernels):
         monkeypatch.setattr(room, "warm_up", lambda: compiled.append("others"))
     with ProgressReporter() as progress:
         preparation.prepare(RunConfig(data=DataConfig(path=path)), progress)
