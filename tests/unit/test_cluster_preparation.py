@@ -22,7 +22,7 @@ def test_kernels_of_bags_are_compiled_for_bags_alone(
     compiled = []
     monkeypatch.setattr(bag_kernels, "warm_up", lambda: compiled.append("bags"))
     for room in (compilation.dataset_kernels, compilation.contents, compilation.worker_kernels):
-        monkeypatch.setattr(room, "warm_up", lambda: compiled.append("others"))
+        monkeypatch.setattr(room, "warm_up", lambda *_: compiled.append("others"))
     with ProgressReporter() as progress:
         preparation.prepare(RunConfig(data=DataConfig(path=path)), progress)
     assert compiled == ["others"] * 3 + ["bags"] * (most > 1)
