@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ from .shard_group import NAME
 PUSHERS = 2
 BLOCKS = 64
 LEASE_SECONDS = 8.0
-START_SECONDS = 120.0
-CALL_SECONDS = 240.0  # for one pull or push, whatever happens to its shard meanwhile
+START_SECONDS = 300.0  # for processes to come up, on a machine that is busy
+CALL_SECONDS = 600.0  # for one pull or push, whatever happens to its shard meanwhile
+HEARTBEAT_SECONDS = 0.5
 ROUND_STEPS = 100  # rounds of `bounded` and of `sync` take turns
 
 
@@ -59,6 +60,8 @@ class PusherActor:
 
 def _connect(coordinator: Any, token: SecretStr) -> StoreClient:
     def find_map() -> BlockMap | None:
+        if not ray.is_initialized():  # the run has ended; asking would start another Ray
+            return None
         try:
             block_map: BlockMap = ray.get(coordinator.block_map.remote(), timeout=5.0)
         except RayError:
@@ -90,9 +93,9 @@ def run_chaos(
     with ray_session(None, namespace, START_SECONDS):
         members = Members(namespace, START_SECONDS, run_token(namespace))
         try:
-            job = _Job(folder.resolve(), seed, armed, members, progress)
-            problem = job.run(minutes)
-            job.compare()
+            with _Job(folder.resolve(), seed, armed, members, progress) as job:
+                problem = job.run(minutes)
+                job.compare()
         finally:
             members.end()
     result = judge(folder, minutes) | {"minutes": minutes, "seed": seed, "rescales_completed": job.faults.rescaled}
@@ -111,6 +114,8 @@ class _Job:
         self._workload = Workload(seed)
         self._recorder = Recorder(folder / HISTORY_FILE)
         self._shards = 2
+        self._problem: str | None = None
+        self._ended = threading.Event()
         self._token: SecretStr = self._start(seed)
         self._store = _connect(members.coordinator, self._token)
         self._store.create_tables(self._workload.tables())
@@ -126,6 +131,31 @@ class _Job:
             shards=lambda: self._shards,
             note=progress.note,
         )
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart.start()
+
+    def __enter__(self) -> _Job:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self._heart.join()
+        self._store.close()
+        self._recorder.close()
+
+    def _beat(self) -> None:
+        """The coordinator hears from its driver, whatever that waits for."""
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            try:
+                news = self._members.poll()
+            except (RunFailed, RayError) as error:
+                self._progress.note(f"no news: {one_line(root_cause(error))}")
+                continue
+            for record in news.records:
+                if note := record.get("note"):
+                    self._progress.note(str(note))
+            self._shards = len(news.addresses) or self._shards
+            self._problem = self._problem or news.problem
 
     def _start(self, seed: int) -> SecretStr:
         plan = ShardPlan(
@@ -171,20 +201,12 @@ class _Job:
         return problem
 
     def _wait(self, calls: list[Any]) -> None:
-        """Until all calls have come back, or one has failed; meanwhile the coordinator hears from its driver."""
+        """Until all calls have come back, or one or the whole run has failed."""
         while calls:
-            done, calls = ray.wait(calls, timeout=0.5)
+            done, calls = ray.wait(calls, timeout=HEARTBEAT_SECONDS)
             ray.get(done)
-            self._heartbeat()
-
-    def _heartbeat(self) -> None:
-        news = self._members.poll()
-        for record in news.records:
-            if note := record.get("note"):
-                self._progress.note(str(note))
-        self._shards = len(news.addresses) or self._shards
-        if news.problem is not None:
-            raise RunFailed(news.problem)
+            if self._problem is not None:
+                raise RunFailed(self._problem)
 
     def compare(self) -> None:
         """Kills every shard once more, waits for them, and writes down what they hold as the checkpoint FINAL.
@@ -192,8 +214,8 @@ class _Job:
         Raises:
             RunFailed: they do not come back, or pulls and checkpoint do not agree.
         """
-        self._heartbeat()
         self._progress.note("killing every shard once more, then comparing")
+        self._shards = len(ask(self._members.coordinator, "block_map").addresses)
         self.faults.kill_every_shard()
         self._patiently(self._save)
         pulled = self._patiently(self._pull)
@@ -204,8 +226,6 @@ class _Job:
     def _patiently(self, action: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + 2 * CALL_SECONDS
         while True:
-            with suppress(RunFailed):
-                self._heartbeat()
             try:
                 return action()
             except StoreError as error:
