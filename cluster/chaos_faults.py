@@ -96,7 +96,7 @@ class Faults:
                 target, seconds = getattr(self, f"_{kind}")()
             except Exception as error:  # the victim, or the coordinator, is down already: another fault at another time
                 self._note(f"fault: {kind} came to nothing: {one_line(root_cause(error))}")
-                bag.insert(0, kind)
+                bag = [kind, *(bag or self._random.sample(KINDS, len(KINDS)))]  # the others first
                 pause = AGAIN_SECONDS
                 continue
             self._recorder.write("fault", kind=kind, target=target, seconds=round(seconds, 2))

@@ -271,6 +271,8 @@ class ShardGroup:
             except ValueError as error:  # the name of one that has just been ended
                 if time.monotonic() > deadline:
                     raise RunFailed(f"cluster: shard {number} does not end: {one_line(error)}") from None
+            with suppress(ValueError):  # or of one that a coordinator began, and died before it wrote that down
+                end_actor(ray.get_actor(shard_name(number), namespace=plan.namespace))
             time.sleep(0.1)
 
 

@@ -146,6 +146,35 @@ def test_which_shards_a_coordinator_takes_up(monkeypatch: pytest.MonkeyPatch) ->
     assert [actor.name for actor in ended] == ["shard-2"]
 
 
+def test_a_shard_that_nobody_knows_gives_up_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator began it, to join, and died before it had written that down."""
+    state = make_state()
+    leftover: list[Any] = [SimpleNamespace(name="shard-1")]
+    ended: list[Any] = []
+
+    class Actor:
+        def options(self, **_: Any) -> Actor:
+            return self
+
+        def remote(self, *_: Any, **__: Any) -> str:
+            if leftover:
+                raise ValueError("the name is taken")
+            return "new"
+
+    def end(actor: Any) -> None:
+        leftover.remove(actor)
+        ended.append(actor.name)
+
+    monkeypatch.setattr(shard_group.ray, "remote", lambda _: Actor())
+    monkeypatch.setattr(shard_group.ray, "get_actor", lambda name, namespace: leftover[0])
+    monkeypatch.setattr(shard_group, "_place", lambda _: None)
+    monkeypatch.setattr(shard_group, "PlacementGroupSchedulingStrategy", lambda *_, **__: None)
+    monkeypatch.setattr(shard_group, "end_actor", end)
+    group = ShardGroup(state, 1.0, SecretStr("t" * 16))
+    assert group._create(1, fresh=True) == "new"
+    assert ended == ["shard-1"]
+
+
 def test_how_a_shard_ended_in_few_words() -> None:
     """As Ray 2.60 words it."""
     told = "pid: 7\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR detail: ..."
