@@ -137,7 +137,9 @@ def test_shards_join_and_leave_while_workers_train(cluster: Cluster, sync: bool,
     with cluster.connect() as store:
         store.create_tables([TABLE])
         store.begin(1, WORKERS, 0)
-        barrier, stop = threading.Barrier(WORKERS), [False]
+        asked, stop = threading.Event(), [False]
+        # Decided once for all workers, while they all stand at the barrier.
+        barrier = threading.Barrier(WORKERS, action=lambda: stop.__setitem__(0, asked.is_set()))
         workers = [Worker(cluster, rank, sync, barrier, stop) for rank in range(WORKERS)]
         for worker in workers:
             worker.start()
@@ -150,7 +152,7 @@ def test_shards_join_and_leave_while_workers_train(cluster: Cluster, sync: bool,
                 for _ in range(3):
                     worker.stepped.clear()
                     worker.stepped.wait(10)
-        stop[0] = True
+        asked.set()
         for worker in workers:
             worker.join(30)
             assert worker.error is None, worker.error
