@@ -255,22 +255,20 @@ class Coordinator:
             try:
                 pulses = group.beat(BEAT_SECONDS)
                 self._saw(pulses)
-                self._remind(pulses)
                 if not self._repairing and group.lost():
                     self._repair(self._replace)
+                elif not self._repairing and self._left_behind(pulses):
+                    self._repair(self._settle)
             except Exception as error:  # the cluster's head may be gone for a moment; without beats leases would end
                 self._note(f"the shards could not be looked after: {one_line(error)}")
 
-    def _remind(self, pulses: list[Pulse]) -> None:
-        """A shard that did not hear of a new block map is told again."""
-        group = self._group
-        assert group is not None
+    def _left_behind(self, pulses: list[Pulse]) -> bool:
+        """Whether a shard missed a block map, or the end of a move, while nobody changes anything."""
         if not self._changing.acquire(blocking=False):
-            return  # whoever changes the map tells of it
+            return False
         try:
-            block_map = self._running().block_map
-            if any(pulse.epoch < block_map.epoch for pulse in pulses):
-                group.announce(block_map)
+            epoch = self._running().block_map.epoch
+            return any(pulse.epoch < epoch or pulse.moving for pulse in pulses)
         finally:
             self._changing.release()
 
@@ -322,7 +320,7 @@ class Coordinator:
             self._note(f"shard {number} is back after {time.monotonic() - began:.0f} s; nothing acknowledged is lost")
 
     def _settle(self) -> None:
-        """A shard that came back listens elsewhere, perhaps, and may have missed a block map."""
+        """A shard that came back listens elsewhere, perhaps; it may have missed a block map, or the end of a move."""
         state, group = self._running(), self._group
         assert group is not None
         block_map = state.block_map

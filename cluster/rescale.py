@@ -17,12 +17,17 @@ from ..parameter_server.blocks import BlockMap
 from ..parameter_server.sharded import ShardedStore
 from ..parameter_server.store import StoreError
 from ..parameter_server.tables import MAX_SHARDS
-from .migration import Call, Commit, Migration, Move, plan_moves
+from .migration import SETTLE_SECONDS, Call, Commit, Migration, Move, plan_moves
 
 ATTEMPTS = 20  # for a group of moves that is given up because a checkpoint is being written or a shard restarts
 RETRY_SECONDS = 0.5
 # For what has been decided to become known to every shard. Whoever replaces a shard that died tells it then.
 REPEAT_SECONDS = 5.0
+
+
+# A shard that does not answer must not keep a move going: nobody can replace it meanwhile.
+CALL_SECONDS = 10.0
+SLOWEST_BYTES_PER_SECOND = 10e6
 
 
 class RescaleError(StoreError):
@@ -77,6 +82,10 @@ class Rescale:
         self._commit = commit
         self._alone = alone or nullcontext()
         self._group_bytes = group_bytes
+        self._seconds = {
+            "settle": SETTLE_SECONDS + CALL_SECONDS,
+            "fetch_blocks": CALL_SECONDS + group_bytes / SLOWEST_BYTES_PER_SECOND,
+        }
         self._fetching = ThreadPoolExecutor(side_by_side, thread_name_prefix="fetch")
         # A shard that is asked later than the others would keep them waiting: one thread for every shard there may be.
         self._asking = ThreadPoolExecutor(MAX_SHARDS, thread_name_prefix="ask")
@@ -170,4 +179,5 @@ class Rescale:
             failpoints.hit("move.committed")
             self.store.adopt(call.block_map)
             return None
-        return self.store.control_at(self._addresses()[call.shard], call.method, call.arguments)
+        within = self._seconds.get(call.method, CALL_SECONDS)
+        return self.store.control_at(self._addresses()[call.shard], call.method, call.arguments, within)

@@ -29,12 +29,16 @@ class Whereabouts(NamedTuple):
 
 
 class Pulse(NamedTuple):
-    """The process's monotonic clock; generation that runs, if any, and last complete step; epoch of the block map."""
+    """The process's monotonic clock; generation that runs, if any, and last complete step; epoch of the block map.
+
+    moving: blocks are on their way to or from the shard, as far as it knows.
+    """
 
     now: float
     generation: int | None
     step: int
     epoch: int
+    moving: bool
 
 
 class ShardActor:
@@ -104,4 +108,4 @@ class ShardActor:
         self._watchdog.beat()
         shard = self._server.shard
         shard.lease.grant(lease_until)
-        return Pulse(time.monotonic(), shard.clocks.generation, shard.clocks.step, shard.block_map.epoch)
+        return Pulse(time.monotonic(), shard.clocks.generation, shard.clocks.step, shard.block_map.epoch, shard.moving)

@@ -24,13 +24,11 @@ from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
 from .protocol.messages import decode_reply, encode_request
 from .requests import INVALID, PullRequest, PushRequest, Refusal
 from .security import Security
-from .sharded import OnAnswer, ShardedStore
+from .sharded import CONTROL_SECONDS, OnAnswer, ShardedStore
 from .store import SecurityError, ShardUnavailable, StoreError, StoreTimeout
 from .tables import Layout, TableSpec
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
-# Table creation and checkpoints move whole shards; their deadline is not that of a pull.
-CONTROL_SECONDS = 3600.0
 # gRPC's own back-off grows to two minutes; a shard that restarts is to be found again at once.
 CLIENT_OPTIONS = [
     *CHANNEL_OPTIONS,
@@ -128,8 +126,10 @@ class StoreClient(ShardedStore):
         sent = link.send(request, timeout, self.widths, on_answer, self.counters)
         self.counters.add("wire_bytes", sent)
 
-    def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
-        return self._link(address).control(method, arguments, CONTROL_SECONDS)
+    def control_at(
+        self, address: str, method: str, arguments: Mapping[str, Any], within: float = CONTROL_SECONDS
+    ) -> Any:
+        return self._link(address).control(method, arguments, within)
 
     def close(self) -> None:
         super().close()

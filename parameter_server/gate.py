@@ -30,13 +30,13 @@ class Gate:
 
     def saw(self, clock: Clock) -> None:
         """A pull with this clock is being answered."""
-        self.pulled = max(self.pulled, clock.step)
-        self.lag = max(self.lag, clock.staleness)
+        if clock.step >= self.pulled:
+            self.pulled, self.lag = clock.step, clock.staleness
 
     def close(self, after: int, lag: int, until: float) -> None:
         """Closes after step `after`, or after the last one pulled if that is later."""
         self.step, self.ends = max(after, self.pulled), until
-        self.lag = max(self.lag, lag)
+        self.lag = max(self.lag, lag)  # shards without a pull of late know less
 
     def open(self) -> None:
         self.step, self.ends = _NO_STEP_IS_BEYOND, math.inf

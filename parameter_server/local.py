@@ -10,7 +10,7 @@ from .administration import Administration, Fetched
 from .blocks import BlockMap
 from .requests import Completed, PullRequest, PushRequest
 from .shard import Shard
-from .sharded import OnAnswer, ShardedStore
+from .sharded import CONTROL_SECONDS, OnAnswer, ShardedStore
 from .tables import DEFAULT_BLOCKS, Layout
 
 PREFIX = "local-"
@@ -64,7 +64,9 @@ class LocalStore(ShardedStore):
         if not any(done.token is answer for done in completed):
             self._timer.later(timeout, lambda: self._deliver(member.expire(time.monotonic())))
 
-    def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
+    def control_at(
+        self, address: str, method: str, arguments: Mapping[str, Any], within: float = CONTROL_SECONDS
+    ) -> Any:
         return self._administrations[int(address.removeprefix(PREFIX))].call(method, arguments)
 
     def _fetch(self, blocks: Sequence[int], source: int, move: str, *, changes: bool, seal: bool) -> Iterator[Fetched]:

@@ -30,6 +30,8 @@ from .tables import Layout, TableSpec
 # Well below the ledger's window of 64, so that a repeated push is always still inside it.
 MAX_OPEN_PUSHES = 32
 RETRY_SECONDS = 0.05
+# Table creation and checkpoints move whole shards; their deadline is not that of a pull.
+CONTROL_SECONDS = 3600.0
 FIND_SECONDS = 1.0  # between two questions for a newer block map
 
 T = TypeVar("T")
@@ -70,8 +72,14 @@ class ShardedStore(Store):
         """Starts a call; `on_answer` is called once, on any thread."""
 
     @abstractmethod
-    def control_at(self, address: str, method: str, arguments: Mapping[str, Any]) -> Any:
-        """One administrative call; arguments and result are JSON values. Raises StoreError, TableError, ..."""
+    def control_at(
+        self, address: str, method: str, arguments: Mapping[str, Any], within: float = CONTROL_SECONDS
+    ) -> Any:
+        """One administrative call; arguments and result are JSON values. within: seconds, where there is a network.
+
+        Raises:
+            StoreError, TableError, ...: what the shard raised; StoreError also where it did not answer.
+        """
 
     def control(self, shard: int, method: str, arguments: Mapping[str, Any]) -> Any:
         """`control_at` the address of a shard."""

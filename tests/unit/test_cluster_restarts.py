@@ -53,7 +53,7 @@ class Group:
     generation, step = 5, 0
 
     def pulses(self) -> list[Pulse]:
-        return [Pulse(0.0, self.generation, self.step, 1), Pulse(0.0, self.generation, self.step - 1, 1)]
+        return [Pulse(0.0, self.generation, self.step, 1, False), Pulse(0.0, self.generation, self.step - 1, 1, False)]
 
 
 @pytest.fixture
