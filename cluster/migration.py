@@ -54,8 +54,8 @@ class Phase(Enum):
     CLOSE = "close gates"
     SETTLE = "settle"
     FINISH = "seal and finish"
+    JOIN = "join"
     COMMIT = "commit"
-    BEGIN = "begin"
     ANNOUNCE_TO_TARGETS = "announce to targets"
     ANNOUNCE = "announce"
     CANCEL = "cancel"
@@ -117,9 +117,9 @@ def _keep(blocks: np.ndarray, quota: int, load: np.ndarray, share: float) -> tup
 class Migration:
     """One group of moves, from the first copy to the new block map in force.
 
-    block_map: in force now. addresses: of all shards after the move; without moves, more of them (those that join hear
-    of the running generation) or fewer (those that leave own no block any more). catch_up: rounds of changes sent
-    before the blocks are sealed.
+    block_map: in force now. addresses: of all shards after the move. Without moves: more of them, or fewer (those that
+    leave own no block any more); shards that own no block hear how far the workers are, whether they join now or missed
+    it when they did. catch_up: rounds of changes sent before the blocks are sealed.
     """
 
     def __init__(
@@ -136,8 +136,9 @@ class Migration:
         self.error: Exception | None = None
         self.copied_bytes = 0
         self.on_hold: Callable[[], None] = lambda: None  # called when workers begin to be kept waiting
-        self._old = range(len(block_map.addresses))
-        self._joining = range(len(block_map.addresses), len(addresses))
+        self._everybody = range(max(len(block_map.addresses), len(addresses)))
+        self._serving = sorted(set(block_map.owners.tolist()))
+        self._joining = [] if moves else sorted(set(range(len(addresses))) - set(self._serving))
         self._rounds = catch_up
         self._gate: dict[str, int] = {}
         self._clocks: dict[str, Any] = {}
@@ -165,23 +166,22 @@ class Migration:
                 return self._fetch(changes=True, seal=True)
             case Phase.CLOSE:
                 self.on_hold()
-                return self._all(self._old, "close_gate", after=0, lag=0, seconds=HOLD_SECONDS)
+                return self._all(self._serving, "close_gate", after=0, lag=0, seconds=HOLD_SECONDS)
             case Phase.SETTLE:
-                return self._all(self._old, "settle", **self._gate, hold=HOLD_SECONDS, seconds=SETTLE_SECONDS)
+                return self._all(self._serving, "settle", **self._gate, hold=HOLD_SECONDS, seconds=SETTLE_SECONDS)
             case Phase.COMMIT:
                 return [Commit(self.after)]
-            case Phase.BEGIN:
+            case Phase.JOIN:
                 if self._clocks["generation"] is None:
                     return []
                 where = {name: self._clocks[name] for name in ("generation", "workers")}
-                return self._all(self._joining, "begin", **where, step=self._clocks["done"][0])
+                return self._all(self._joining, "join", **where, step=self._clocks["done"][0])
             case Phase.ANNOUNCE_TO_TARGETS:
                 return self._all(sorted({move.target for move in self.moves}), "set_block_map", **described(self.after))
             case Phase.ANNOUNCE:
-                shards = range(max(len(self.before.addresses), len(self.after.addresses)))
-                return self._all(shards, "set_block_map", **described(self.after))
+                return self._all(self._everybody, "set_block_map", **described(self.after))
             case Phase.CANCEL:
-                return self._all(self._old, "cancel_moves", epoch=self.before.epoch, move=self.move)
+                return self._all(self._everybody, "cancel_moves", epoch=self.before.epoch, move=self.move)
         return []
 
     def succeeded(self, results: Sequence[Any]) -> None:
@@ -203,7 +203,7 @@ class Migration:
         self.phase = order[order.index(self.phase) + 1]
 
     def _unsettled(self, results: Sequence[Any]) -> Exception | None:
-        late = [str(shard) for shard, result in zip(self._old, results, strict=True) if not result["settled"]]
+        late = [str(shard) for shard, result in zip(self._serving, results, strict=True) if not result["settled"]]
         if late:
             return TimeoutError(
                 f"shard {', '.join(late)} still waits for pushes up to step {self._gate['step'] - self._gate['lag']} "

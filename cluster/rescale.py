@@ -97,8 +97,8 @@ class Rescale:
             RescaleError: a group of moves failed several times; names the last cause.
         """
         begin = time.monotonic()
-        if shards > self.store.shards:
-            self._join(shards)
+        if shards > self.store.shards or self.idle():
+            self.join(shards)
         while moves := self._plan(shards):  # anew for every group: a shard that was lost may have changed the map
             self.progress.blocks = self.progress.blocks_moved + len(moves)
             self._move(partial(self._next_group, moves))
@@ -108,10 +108,15 @@ class Rescale:
         self.progress.seconds = time.monotonic() - begin
         return self.progress.summary()
 
-    def _join(self, shards: int) -> None:
-        """Gives shards that are new their tables and makes them known; they own nothing yet."""
-        layout = self.store.control(0, "describe", {})["slabs"]
-        for address in self._addresses()[self.store.shards : shards]:
+    def idle(self) -> list[int]:
+        """The shards in the block map that own nothing."""
+        return sorted(set(range(self.store.shards)) - set(self.store.block_map.owners.tolist()))
+
+    def join(self, shards: int) -> None:
+        """Gives shards that own nothing their tables, tells them how far the workers are, and makes them known."""
+        owners = set(self.store.block_map.owners.tolist())
+        layout = self.store.control(min(owners), "describe", {})["slabs"]
+        for address in [self._addresses()[shard] for shard in range(shards) if shard not in owners]:
             for tables in layout:  # one call per slab, so that slabs have the same numbers everywhere
                 self.store.control_at(address, "create_tables", {"tables": tables})
         self._move(lambda known: Migration(known, self._addresses()[:shards], []))

@@ -51,6 +51,7 @@ class Administration:
             "set_block_map": self.set_block_map,
             "create_tables": self.create_tables,
             "begin": self.begin,
+            "join": self.join,
             "reset": self.reset,
             "mark": self.mark,
             "write": self.write,
@@ -94,6 +95,9 @@ class Administration:
 
     def create_tables(self, tables: list[dict[str, Any]]) -> None:
         self.shard.create_tables([TableSpec.model_validate(table) for table in tables])
+
+    def join(self, generation: int, workers: int, step: int) -> None:
+        self._deliver(self.shard.join(generation, workers, step))
 
     def begin(self, generation: int, workers: int, step: int) -> None:
         older = self.shard.clocks.generation != generation

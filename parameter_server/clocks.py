@@ -42,6 +42,13 @@ class Clocks:
         self.generation, self.workers = generation, workers
         self._done, self._early = list(done), [set(steps) for steps in early]
 
+    def advance(self, step: int) -> None:
+        """Every rank stands at `step` at least."""
+        for rank in range(self.workers):
+            self._done[rank] = max(self._done[rank], step)
+            self._early[rank] = {early for early in self._early[rank] if early > self._done[rank]}
+            self.record(rank, self._done[rank])
+
     @property
     def step(self) -> int:
         """The last step that is complete for every rank."""

@@ -37,6 +37,7 @@ class Kind(IntEnum):
     INCOMING = 8  # a block, or what changed of it, from another shard; a later block map may make it this shard's own
     SEAL = 9
     CANCEL_MOVES = 10
+    JOIN = 11
 
 
 class JournalError(StoreError):

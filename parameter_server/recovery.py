@@ -101,6 +101,8 @@ def _apply(shard: Shard, record: Record) -> None:
         shard.receive_block(content["block"], content["move"], tensors)
     elif record.kind is Kind.SEAL:
         shard.seal(content["block"])
+    elif record.kind is Kind.JOIN:
+        shard.join(**content)
     elif record.kind is Kind.CANCEL_MOVES:
         shard.cancel_moves()
     else:

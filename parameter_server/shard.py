@@ -35,7 +35,7 @@ from .requests import (
     Refusal,
     RowSet,
 )
-from .store import BusyError, FencedError
+from .store import BusyError, FencedError, StoreError
 from .sums import sum_decided
 from .tables import Layout
 from .validation import InvalidRequest, checked_pull, checked_push, readable
@@ -87,6 +87,17 @@ class Shard(Contents):
             self.ledger.drop_generations_before(generation)
             self._counts["fenced"] += len(waiting)
             return [Completed(call.token, fenced) for call in waiting]
+
+    def join(self, generation: int, workers: int, step: int) -> list[Completed]:
+        """As `begin`, for a shard without blocks (StoreError with them): pushes that it missed are done elsewhere."""
+        with self.lock:
+            if self._held.any():
+                raise StoreError(f"shard {self.number} owns blocks already: it cannot join once more")
+            if generation != self.clocks.generation:
+                return self.begin(generation, workers, step)
+            self._record(Kind.JOIN, {"generation": generation, "workers": workers, "step": step})
+            self.clocks.advance(step)
+            return self._release()
 
     def pull(self, request: PullRequest, token: object, deadline: float) -> list[Completed]:
         """Reads rows, at once or when the pushes that the clock asks for have been applied."""

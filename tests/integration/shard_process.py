@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -17,28 +18,50 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["embershard.parameter_server.recovery", "embershard.parameter_server.server"])
 
 
-def _serve(folder: str | None, points: str, journal_bytes: int, pipe: Connection) -> None:
+def _serve(
+    folder: str | None, points: str, journal_bytes: int, number: int, alone: bool, lease: float, pipe: Connection
+) -> None:
     os.environ[failpoints.VARIABLE] = points
     failpoints.arm(points)
     kernels.warm_up()
-    shard, recovery = open_shard(0, BLOCKS, 0, journal=folder, journal_bytes=journal_bytes)
+    shard, recovery = open_shard(number, BLOCKS, 0, journal=folder, journal_bytes=journal_bytes)
+    if lease:
+        shard.lease.grant(time.monotonic() + lease)
     address = ShardServer(shard).start()
-    if recovery is None:
+    if recovery is None and alone:
         shard.set_block_map(BlockMap.initial(BLOCKS, (address,)))
     pipe.send((address, None if recovery is None else recovery.as_dict()))
     pipe.recv()
 
 
 class ShardProcess:
-    """recovery: what the shard reported when it came back, None if it is new."""
+    """recovery: what the shard reported when it came back, None if it is new.
 
-    def __init__(self, folder: Path | None, points: str = "", journal_bytes: int = 1 << 30) -> None:
+    alone: it is the only shard, and owns every block from the beginning. lease: seconds that it serves, 0: for ever.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        points: str = "",
+        journal_bytes: int = 1 << 30,
+        *,
+        number: int = 0,
+        alone: bool = True,
+        lease: float = 0.0,
+    ) -> None:
         self._pipe, theirs = _context.Pipe()
-        arguments = (None if folder is None else str(folder), points, journal_bytes, theirs)
+        path = None if folder is None else str(folder)
+        arguments = (path, points, journal_bytes, number, alone, lease, theirs)
         self._process = _context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self.address, self.recovery = self._pipe.recv()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     def wait(self, timeout: float = 30.0) -> int | None:
         """Until the process has ended; its exit code, None if it lives on."""

@@ -189,7 +189,7 @@ def test_a_new_shard_takes_its_share_of_the_traffic() -> None:
 def test_a_move_can_be_given_up_until_it_is_committed() -> None:
     migration = Migration(BlockMap.initial(40, ("a", "b")), ("a", "b"), [Move(0, 0, 1)])
     while migration.phase is not Phase.COMMIT:
-        assert migration.calls()
+        assert migration.calls() or migration.phase is Phase.JOIN  # nobody joins
         results = {
             Phase.CLOSE: {"step": 0, "lag": 0},
             Phase.SETTLE: {"settled": True, "generation": None, "workers": 0, "done": [], "early": []},

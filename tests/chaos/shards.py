@@ -1,0 +1,182 @@
+"""Shard processes with journals, a job that pushes to them, and in place of the coordinator the few things it does.
+
+The block map in force stands in a file, written before anybody is told of it, and a shard is replaced only while no
+blocks are being moved: what `cluster.coordinator` does with Ray, without Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from embershard.cluster.chaos_history import HISTORY_FILE, History, Recorder, Verdict, Workload, check, read_tables
+from embershard.cluster.chaos_pusher import Pusher
+from embershard.cluster.migration import described
+from embershard.cluster.rescale import Rescale
+from embershard.parameter_server.blocks import BlockMap
+from embershard.parameter_server.client import StoreClient
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+from shard_process import BLOCKS, ShardProcess
+
+WORKLOAD = Workload(seed=11, rows=400, touched=24)
+ROUND_STEPS = 10
+
+
+def write_map(file: Path, block_map: BlockMap) -> None:
+    temporary = file.with_suffix(".new")
+    temporary.write_text(json.dumps(described(block_map)))
+    temporary.replace(file)
+
+
+def read_map(file: Path) -> BlockMap:
+    content = json.loads(file.read_text())
+    return BlockMap(content["epoch"], np.array(content["owners"], np.uint16), tuple(content["addresses"]))
+
+
+class Shards:
+    """`count` shards that serve, `spare` that may join, all with journals below `folder`."""
+
+    def __init__(self, folder: Path, count: int, spare: int = 0) -> None:
+        self.folder = folder
+        self.map_file = folder / "block-map.json"
+        self.changing = threading.RLock()
+        self.processes = [self._start(number) for number in range(count + spare)]
+        self.recorder = Recorder(folder / HISTORY_FILE)
+        self.recorder.write("workload", **WORKLOAD.__dict__)
+        write_map(self.map_file, BlockMap.initial(BLOCKS, tuple(p.address for p in self.processes[:count])))
+        for number in range(count):
+            self._tell(number)
+        self.store = self.connect()
+        self.store.create_tables(WORKLOAD.tables())
+        self.step = 0
+
+    def _start(self, number: int) -> ShardProcess:
+        return ShardProcess(self.folder / f"shard-{number}", number=number, alone=False)
+
+    def _tell(self, number: int) -> None:
+        with StoreClient.connect(self.processes[number].address) as store:
+            address, block_map = self.processes[number].address, self.block_map()
+            store.control_at(address, "set_block_map", described(block_map))
+            store.control_at(address, "cancel_moves", {"epoch": block_map.epoch})
+
+    def block_map(self) -> BlockMap:
+        return read_map(self.map_file)
+
+    def addresses(self) -> list[str]:
+        return [process.address for process in self.processes]
+
+    def connect(self, timeout: float = 120.0) -> StoreClient:
+        return StoreClient.connect(self.addresses(), timeout=timeout, find_map=self.block_map)
+
+    def begin(self, generation: int = 1, step: int = 0) -> None:
+        self.store.begin(generation, 1, step)
+        self.recorder.write("generation", generation=generation, step=step, workers=1)
+        self.generation, self.step = generation, step
+
+    def pusher(self, store: StoreClient) -> Pusher:
+        return Pusher(store, WORKLOAD, self.recorder, client=0, workers=1, generation=self.generation)
+
+    @contextmanager
+    def pushing(self) -> Iterator[None]:
+        """A worker pushes all the time; at the end of the block it stops and everything is acknowledged."""
+        stop = threading.Event()
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with self.connect() as store:
+                    pusher = self.pusher(store)
+                    while not stop.is_set():
+                        pusher.run(self.step + 1, ROUND_STEPS, sync=False)
+                        self.step += ROUND_STEPS
+            except BaseException as error:
+                failed.append(error)
+
+        worker = threading.Thread(target=run)
+        worker.start()
+        try:
+            self.wait_until(lambda: self.step > 0 or failed, "the first pushes")
+            yield
+        finally:
+            stop.set()
+            worker.join(180)
+        assert not failed, failed
+        assert not worker.is_alive(), "pushes are still unanswered"
+
+    def more_steps(self) -> None:
+        """Until the worker has done a round that began after this call."""
+        begin = self.step
+        self.wait_until(lambda: self.step >= begin + 2 * ROUND_STEPS, "more steps")
+
+    @staticmethod
+    def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+            time.sleep(0.02)
+
+    def rescale(self, shards: int) -> dict[str, Any]:
+        """Shards that join are new, and those that leave end: their journals go with them."""
+        while len(self.processes) < shards:
+            self.processes.append(self._start(len(self.processes)))
+        move = Rescale(self.store, self.addresses, lambda m: write_map(self.map_file, m), alone=self.changing)
+        result = move.run(shards)
+        for number in range(shards, len(self.processes)):
+            self.processes[number].kill()
+            shutil.rmtree(self.folder / f"shard-{number}")
+        del self.processes[shards:]
+        return result
+
+    def arm(self, number: int, points: str) -> None:
+        self.store.control_at(self.processes[number].address, "arm", {"points": points})
+
+    def restart(self, number: int) -> None:
+        """A shard that has died, with its journal; nothing is told to the workers."""
+        assert self.processes[number].wait() == -signal.SIGKILL
+        with self.changing:
+            before = self.processes[number].address
+            self.processes[number] = self._start(number)
+            assert self.processes[number].address == before
+            self.settle()
+
+    def settle(self) -> None:
+        """What a coordinator does that has come back or has replaced a shard."""
+        for number, process in enumerate(self.processes):
+            if psutil.pid_exists(process.pid):
+                self._tell(number)
+        self.store.adopt(self.block_map())
+
+    def kill(self, number: int) -> None:
+        os.kill(self.processes[number].pid, signal.SIGKILL)
+
+    def is_stopped(self, number: int) -> bool:
+        return psutil.Process(self.processes[number].pid).status() == psutil.STATUS_STOPPED
+
+    def go_on(self, number: int) -> None:
+        os.kill(self.processes[number].pid, signal.SIGCONT)
+
+    def verdict(self, name: str = "final") -> Verdict:
+        """Saves everything and compares it with the history; nothing may be under way."""
+        directory = str(self.folder / name)
+        self.store.adopt(self.block_map())
+        self.store.save(directory).result()
+        held = sum(statistics["blocks"] for statistics in self.store.statistics())
+        assert held == BLOCKS, "a block has two owners, or none"
+        return check(History.read(self.folder / HISTORY_FILE), read_tables(directory))
+
+    def close(self) -> None:
+        self.store.close()
+        for process in self.processes:
+            process.kill()
