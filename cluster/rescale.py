@@ -91,11 +91,15 @@ class Rescale:
         self._asking = ThreadPoolExecutor(MAX_SHARDS, thread_name_prefix="ask")
 
     def run(self, shards: int) -> dict[str, Any]:
-        """Spreads all blocks over the first `shards` shards; returns `Progress.summary()`.
+        """Spreads all blocks over the first `shards` shards, once; returns `Progress.summary()`.
 
         Raises:
             RescaleError: a group of moves failed several times; names the last cause.
         """
+        with self._fetching, self._asking:
+            return self._run(shards)
+
+    def _run(self, shards: int) -> dict[str, Any]:
         begin = time.monotonic()
         if shards > self.store.shards or self.idle():
             self.join(shards)
