@@ -27,7 +27,8 @@ from .routing import Share, regroup, split
 from .store import BusyError, Counters, FencedError, ShardUnavailable, Store, StoreError, StoreTimeout
 from .tables import Layout, TableSpec
 
-# Well below the ledger's window of 64, so that a repeated push is always still inside it.
+# The newest push is at most so many after the oldest that is unanswered: well below the ledger's window of 64, so that
+# a repeated push is always still inside it, however many later ones were quicker.
 MAX_OPEN_PUSHES = 32
 RETRY_SECONDS = 0.05
 # Table creation and checkpoints move whole shards; their deadline is not that of a pull.
@@ -60,7 +61,8 @@ class ShardedStore(Store):
         self.client = secrets.randbits(63)
         self._sequence = itertools.count(1)
         self._generation: int | None = None  # that this store began
-        self._pushes = threading.Semaphore(MAX_OPEN_PUSHES)
+        self._unanswered: set[int] = set()  # sequence numbers
+        self._answered_one = threading.Condition()
         self._background = ThreadPoolExecutor(max_workers=len(block_map.addresses) + 2)
         self._timer = _Timer()
         self._find_map = find_map
@@ -139,19 +141,32 @@ class ShardedStore(Store):
         learning_rates: Sequence[float],
         clock: Clock | None = None,
     ) -> Future[None]:
+        sequence = next(self._sequence)
+        with self._answered_one:
+            if not self._answered_one.wait_for(lambda: self._is_next(sequence), self.timeout):
+                raise StoreTimeout(
+                    f"push {sequence}: push {min(self._unanswered)} is unanswered after {self.timeout:g} s more"
+                )
+            self._unanswered.add(sequence)
         deadline = time.monotonic() + self.timeout
-        if not self._pushes.acquire(timeout=self.timeout):
-            raise StoreTimeout(f"push: {MAX_OPEN_PUSHES} earlier pushes are unanswered after {self.timeout:g} s")
         self.counters.pushes += 1
         self.counters.rows_pushed += sum(len(part.index) for part in parts)
-        push = Push(self.client, next(self._sequence), parts, grads, learning_rates, clock, deadline)
-        push.future.add_done_callback(lambda _: self._pushes.release())
+        push = Push(self.client, sequence, parts, grads, learning_rates, clock, deadline)
+        push.future.add_done_callback(lambda _: self._is_answered(sequence))
         shares = split(parts, self.block_map.owners)
         if clock is not None:  # every shard keeps every rank's clock, so it hears of pushes without rows for it
             for shard in range(self.shards):
                 shares.setdefault(shard, [])
         self._start(push, shares)
         return push.future
+
+    def _is_next(self, sequence: int) -> bool:
+        return sequence - min(self._unanswered, default=sequence) < MAX_OPEN_PUSHES
+
+    def _is_answered(self, sequence: int) -> None:
+        with self._answered_one:
+            self._unanswered.discard(sequence)
+            self._answered_one.notify_all()
 
     def _start(self, operation: Operation, shares: dict[int, list[Share]]) -> None:
         if not shares:

@@ -47,12 +47,15 @@ class Run:
 
     def train(self, generator: np.random.Generator) -> None:
         """One step; what a closed gate or a seal keeps back stays under way."""
+        for future in self.waiting[:-20]:  # as the window of pushes demands
+            future.result(10)
         self.step += 1
         self._send(generator, 0, np.unique(generator.integers(0, ROWS, 9)), Clock(1, self.step, staleness=1))
 
     def push_from_outside(self, generator: np.random.Generator) -> None:
         """A push without a clock, which no gate keeps back. Such pushes overtake each other: their table has SGD."""
-        self._send(generator, 1, np.unique(generator.integers(0, USERS, 20)), None)
+        if sum(not future.done() for future in self.waiting) < 20:  # more would have to wait for answers
+            self._send(generator, 1, np.unique(generator.integers(0, USERS, 20)), None)
 
     def _send(self, generator: np.random.Generator, slab: int, rows: np.ndarray, clock: Clock | None) -> None:
         width = self.store.layout.slabs[slab].width
