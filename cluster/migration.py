@@ -128,6 +128,8 @@ class Migration:
         owners = block_map.owners.copy()
         for move in moves:
             owners[move.block] = move.target
+        if int(owners.max()) >= len(addresses):
+            raise ValueError(f"{len(addresses)} shards are to stay, and shard {owners.max()} owns blocks")
         self.before = block_map
         self.after = BlockMap(block_map.epoch + 1, owners, tuple(addresses))
         self.moves = list(moves)

@@ -102,15 +102,24 @@ class Rescale:
     def _run(self, shards: int) -> dict[str, Any]:
         begin = time.monotonic()
         if shards > self.store.shards or self.idle():
-            self.join(shards)
+            self.join(max(shards, self.store.shards))
+        while not self._spread(shards, begin):
+            pass  # shards that were lost and began afresh own blocks again
+        self.progress.seconds = time.monotonic() - begin
+        return self.progress.summary()
+
+    def _spread(self, shards: int, begin: float) -> bool:
+        """Moves what there is to move, then takes the shards that own nothing out of the map; False: one does again."""
         while moves := self._plan(shards):  # anew for every group: a shard that was lost may have changed the map
             self.progress.blocks = self.progress.blocks_moved + len(moves)
             self._move(partial(self._next_group, moves))
             self.progress.seconds = time.monotonic() - begin
         if shards < self.store.shards:
-            self._move(lambda known: Migration(known, known.addresses[:shards], []))
-        self.progress.seconds = time.monotonic() - begin
-        return self.progress.summary()
+            try:
+                self._move(lambda known: Migration(known, known.addresses[:shards], []))
+            except ValueError:
+                return False
+        return True
 
     def idle(self) -> list[int]:
         """The shards in the block map that own nothing."""

@@ -182,3 +182,14 @@ def test_a_tool_with_a_map_of_long_ago_finds_every_row(cluster: Cluster) -> None
             assert (old.pull([part]).result()[0] == -1).all()
             assert old.counters.moved <= 2 * BLOCKS
             assert old.block_map.epoch == store.block_map.epoch
+
+
+def test_a_shard_that_joined_and_got_no_block_leaves_again(cluster: Cluster) -> None:
+    """As after a rescale that was given up between the two."""
+    with cluster.connect() as store:
+        store.create_tables([TABLE])
+        cluster.grow(3)
+        Rescale(store, cluster.addresses, cluster.commit).join(3)
+        assert store.shards == 3 and np.bincount(store.block_map.owners).tolist() == [BLOCKS]
+        cluster.scale(store, 2)
+        assert store.shards == 2 and np.bincount(store.block_map.owners).tolist() == [BLOCKS // 2] * 2

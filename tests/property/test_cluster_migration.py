@@ -233,3 +233,8 @@ def test_shards_with_other_tables_refuse_each_others_blocks(field: str) -> None:
     tensors[f"0/{field}"] = tensors[f"0/{field}"][1:]
     with pytest.raises(Exception, match="the shards do not have the same tables"):
         store.members[1].receive_block(0, "m", tensors)
+
+
+def test_a_shard_that_owns_blocks_cannot_leave() -> None:
+    with pytest.raises(ValueError, match="1 shards are to stay, and shard 1 owns blocks"):
+        Migration(BlockMap.initial(40, ("a", "b")), ("a",), [])
