@@ -136,7 +136,8 @@ class Coordinator:
         (of the slowest shard), pull_longest.
 
         Raises:
-            TableError: more shards than the store's blocks can serve. RunFailed: no room, or scaling already.
+            TableError: more shards than the store's blocks can serve.
+            RunFailed: no room, scaling already, or shards were lost meanwhile.
             RescaleError: blocks could not be moved; every block has one owner, and the call may be made again.
         """
         if not self._scaling.acquire(blocking=False):
@@ -151,6 +152,8 @@ class Coordinator:
                 group.announce(state.block_map)
             result = self._move_blocks(shards)
             with self._changing:
+                if len(state.block_map.addresses) > shards:
+                    raise RunFailed("shards were lost meanwhile and all began afresh: scale again")
                 group.shrink(shards)
                 state.save()
             self._note(f"{shards} shards now: {result['blocks_moved']} blocks moved in {result['seconds']:.1f} s")
@@ -360,8 +363,13 @@ class Coordinator:
     def _write(self, block_map: BlockMap) -> None:
         state = self._running()
         with self._lock:
+            before = state.block_map, state.broken
             state.block_map, state.broken = block_map, None
-            state.save()
+            try:
+                state.save()
+            except BaseException:  # announced later, a map that was not written could drop what has not moved
+                state.block_map, state.broken = before
+                raise
 
     def _driver_is_gone(self) -> None:
         self.end()

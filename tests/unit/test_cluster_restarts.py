@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from embershard.cluster import run_state, shard_group
 from embershard.cluster.coordinator import Coordinator
-from embershard.cluster.errors import is_final
+from embershard.cluster.errors import RunFailed, is_final
 from embershard.cluster.restarts import RestartPolicy
 from embershard.cluster.run_folder import RunFolder, read_metrics, read_run
 from embershard.cluster.run_state import Member, RunState, ShardPlan
@@ -110,6 +110,34 @@ def test_what_was_decided_outlives_the_coordinator(coordinator: Any) -> None:
     coordinator.join()
     found = run_state.load("space")
     assert found is not None and (found.generation, found.restarts, found.stop) == (6, 1, True)
+
+
+def test_a_block_map_that_could_not_be_written_is_not_in_force(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A move is cancelled then; announced all the same, its map would drop blocks from where they are."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("the head does not answer")
+
+    monkeypatch.setattr(run_state, "_internal_kv_put", refuse)
+    before = coordinator.block_map()
+    with pytest.raises(RuntimeError, match="the head"):
+        coordinator._write(BlockMap(9, before.owners, before.addresses))
+    assert coordinator.block_map() is before
+
+
+def test_shards_that_own_blocks_again_are_not_ended(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All shards began afresh after the last block had moved."""
+    group = coordinator._group
+    for name in ("grow", "announce", "shrink"):
+        monkeypatch.setattr(group, name, lambda *_, name=name: done.append(name), raising=False)
+    done: list[str] = []
+    coordinator._state.save()
+    monkeypatch.setattr(coordinator, "_move_blocks", lambda shards: {"blocks_moved": 0, "seconds": 0.0})
+    with pytest.raises(RunFailed, match="scale again"):
+        coordinator.scale(1)
+    assert done == ["grow", "announce"]
 
 
 def test_no_restart_is_left_for_a_shard_whose_rows_are_lost(coordinator: Any) -> None:
