@@ -119,12 +119,10 @@ class Migration:
 
     block_map: in force now. addresses: of all shards after the move. Without moves: more of them, or fewer (those that
     leave own no block any more); shards that own no block hear how far the workers are, whether they join now or missed
-    it when they did. catch_up: rounds of changes sent before the blocks are sealed.
+    it when they did.
     """
 
-    def __init__(
-        self, block_map: BlockMap, addresses: Sequence[str], moves: Sequence[Move], *, catch_up: int = 1
-    ) -> None:
+    def __init__(self, block_map: BlockMap, addresses: Sequence[str], moves: Sequence[Move]) -> None:
         owners = block_map.owners.copy()
         for move in moves:
             owners[move.block] = move.target
@@ -141,7 +139,6 @@ class Migration:
         self._everybody = range(max(len(block_map.addresses), len(addresses)))
         self._serving = sorted(set(block_map.owners.tolist()))
         self._joining = [] if moves else sorted(set(range(len(addresses))) - set(self._serving))
-        self._rounds = catch_up
         self._gate: dict[str, int] = {}
         self._clocks: dict[str, Any] = {}
 
@@ -198,9 +195,6 @@ class Migration:
                     self.failed(problem)
                     return
                 self._clocks = results[0]
-        if self.phase == Phase.CATCH_UP and self._rounds > 1:
-            self._rounds -= 1
-            return
         order = _CANCEL_ORDER if self.phase in _CANCEL_ORDER else _ORDER
         self.phase = order[order.index(self.phase) + 1]
 

@@ -23,11 +23,10 @@ ATTEMPTS = 20  # for a group of moves that is given up because a checkpoint is b
 RETRY_SECONDS = 0.5
 # For what has been decided to become known to every shard. Whoever replaces a shard that died tells it then.
 REPEAT_SECONDS = 5.0
-
-
 # A shard that does not answer must not keep a move going: nobody can replace it meanwhile.
 CALL_SECONDS = 10.0
 SLOWEST_BYTES_PER_SECOND = 10e6
+FETCHES = 4  # at a time: each holds one block at its target
 
 
 class RescaleError(StoreError):
@@ -74,7 +73,6 @@ class Rescale:
         *,
         alone: AbstractContextManager[Any] | None = None,
         group_bytes: int = 256 << 20,
-        side_by_side: int = 4,
     ) -> None:
         self.store = store
         self.progress = Progress()
@@ -86,7 +84,7 @@ class Rescale:
             "settle": SETTLE_SECONDS + CALL_SECONDS,
             "fetch_blocks": CALL_SECONDS + group_bytes / SLOWEST_BYTES_PER_SECOND,
         }
-        self._fetching = ThreadPoolExecutor(side_by_side, thread_name_prefix="fetch")
+        self._fetching = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         # A shard that is asked later than the others would keep them waiting: one thread for every shard there may be.
         self._asking = ThreadPoolExecutor(MAX_SHARDS, thread_name_prefix="ask")
 
@@ -101,19 +99,18 @@ class Rescale:
 
     def _run(self, shards: int) -> dict[str, Any]:
         begin = time.monotonic()
-        if shards > self.store.shards or self.idle():
+        if shards > self.store.shards or self._idle():
             self.join(max(shards, self.store.shards))
-        while not self._spread(shards, begin):
+        while not self._spread(shards):
             pass  # shards that were lost and began afresh own blocks again
         self.progress.seconds = time.monotonic() - begin
         return self.progress.summary()
 
-    def _spread(self, shards: int, begin: float) -> bool:
+    def _spread(self, shards: int) -> bool:
         """Moves what there is to move, then takes the shards that own nothing out of the map; False: one does again."""
         while moves := self._plan(shards):  # anew for every group: a shard that was lost may have changed the map
             self.progress.blocks = self.progress.blocks_moved + len(moves)
             self._move(partial(self._next_group, moves))
-            self.progress.seconds = time.monotonic() - begin
         if shards < self.store.shards:
             try:
                 self._move(lambda known: Migration(known, known.addresses[:shards], []))
@@ -121,7 +118,7 @@ class Rescale:
                 return False
         return True
 
-    def idle(self) -> list[int]:
+    def _idle(self) -> list[int]:
         """The shards in the block map that own nothing."""
         return sorted(set(range(self.store.shards)) - set(self.store.block_map.owners.tolist()))
 

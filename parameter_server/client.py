@@ -21,14 +21,13 @@ from .checkpoint import CheckpointError
 from .protocol import shard_pb2 as pb
 from .protocol import shard_pb2_grpc
 from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
-from .protocol.messages import decode_reply, encode_request
+from .protocol.messages import SERVICE, decode_reply, encode_request
 from .requests import INVALID, PullRequest, PushRequest, Refusal
 from .security import Security
 from .sharded import CONTROL_SECONDS, OnAnswer, ShardedStore
 from .store import SecurityError, ShardUnavailable, StoreError, StoreTimeout
 from .tables import Layout, TableSpec
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
 # gRPC's own back-off grows to two minutes; a shard that restarts is to be found again at once.
 CLIENT_OPTIONS = [
     *CHANNEL_OPTIONS,

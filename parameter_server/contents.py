@@ -327,8 +327,7 @@ class Contents:
             self._record(Kind.BLOCK, {"block": block}, tensors)
             without_state = [name for memory in self._memory for name in memory.load(block, tensors)]
             if f"{LEDGER}client" in tensors:
-                names = ("client", "generation", "highest", "window")
-                self.ledger.import_block(block, {name: tensors[LEDGER + name] for name in names})
+                self.ledger.import_block(block, {name: tensors[LEDGER + name] for name in ledger.FIELDS})
             self._held[block] = self._served[block] = True
             return without_state
 

@@ -12,6 +12,7 @@ from .jit import jit
 NEW, DUPLICATE, TOO_OLD = 0, 1, 2
 WINDOW = 64  # sequence numbers told apart below the highest one; a client keeps fewer pushes open
 NO_GENERATION = -1
+FIELDS = ("client", "generation", "highest", "window")  # of what `export_block` gives
 
 U64 = np.uint64
 

@@ -23,13 +23,12 @@ from . import failpoints, transfer
 from .administration import Administration, Fetched
 from .protocol import shard_pb2 as pb
 from .protocol.frames import CHANNEL_OPTIONS, MAX_CALL_BYTES, MAX_OPEN_CALLS, Assembler, FrameError, encode
-from .protocol.messages import decode_request, encode_reply
+from .protocol.messages import SERVICE, decode_request, encode_reply
 from .requests import INVALID, Completed, PullReply, PushRequest, Refusal, Reply
 from .security import Security
 from .shard import Shard
 from .store import StoreError
 
-SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
     # The port must be ours alone: with reuse, a second shard on a taken port would silently get half the calls.
@@ -220,7 +219,7 @@ class ShardServer:
                     tensors = self.shard.begin_move(block, request.move)
             except (StoreError, IndexError) as error:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"shard {self.shard.number}: {error}")
-            for frame in transfer.encode_tensors(number, tensors):
+            for frame in transfer.encode_block(number, tensors):
                 await context.write(frame)
 
 

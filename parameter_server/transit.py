@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .jit import jit
-from .ledger import Ledger
+from .ledger import FIELDS, Ledger
 from .memory import SlabMemory, reserve
 from .snapshot import LEDGER
 from .store import StoreError
@@ -19,8 +19,6 @@ from .tables import Slab, TableSpec
 from .validation import readable
 
 Part = tuple[np.ndarray | None, np.ndarray, np.ndarray]  # rows within the block (None: all), weights, state
-
-LEDGER_FIELDS = ("client", "generation", "highest", "window")
 
 
 @jit
@@ -127,7 +125,7 @@ class Transit:
             where = slice(None) if rows is None else rows
             own_weights[where], own_state[where] = weights, state
         if f"{LEDGER}client" in tensors:
-            ledger.import_block(block, {name: tensors[LEDGER + name] for name in LEDGER_FIELDS})
+            ledger.import_block(block, {name: tensors[LEDGER + name] for name in FIELDS})
         self.arrived[block] = True
 
     def _belongs_to(self, move: str) -> None:

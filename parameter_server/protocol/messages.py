@@ -9,6 +9,7 @@ from ..requests import BlockStatus, Clock, PullReply, PullRequest, PushReply, Pu
 from . import shard_pb2 as pb
 from .frames import MAX_CALL_BYTES, FrameError
 
+SERVICE = pb.DESCRIPTOR.services_by_name["Shard"].full_name
 _ALIGN = 8
 _STATUSES_OF_PUSH = [BlockStatus.APPLIED, BlockStatus.DUPLICATE, BlockStatus.MOVED]
 _STATUSES_OF_PULL = [BlockStatus.APPLIED, BlockStatus.MOVED]

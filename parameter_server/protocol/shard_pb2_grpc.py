@@ -71,7 +71,7 @@ class ShardServicer:
 
     def Transfer(self, request, context):
         """Blocks on their way to the shard that asks: their rows as they are now, or those that changed since the last time.
-        The frames of one call per block, in the order asked; the header is a TransferHeader.
+        The frames of one call per block, in the order asked; the header describes its tensors in JSON, as a record of the journal does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

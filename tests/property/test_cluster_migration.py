@@ -207,7 +207,7 @@ def test_a_move_can_be_given_up_until_it_is_committed() -> None:
 
 
 def test_workers_that_do_not_come_to_rest_are_named() -> None:
-    migration = Migration(BlockMap.initial(40, ("a", "b")), ("a", "b"), [Move(0, 0, 1)], catch_up=1)
+    migration = Migration(BlockMap.initial(40, ("a", "b")), ("a", "b"), [Move(0, 0, 1)])
     for results in ([8], [8], [{"step": 4, "lag": 1}, {"step": 6, "lag": 0}]):
         migration.succeeded(results)
     state = {"generation": 1, "workers": 1}
