@@ -81,6 +81,7 @@ class Coordinator:
         self._state = run_state.load(namespace)
         self._watchdog = Watchdog(driver_timeout, self._driver_is_gone, name="driver-watchdog")
         if self._state is not None:
+            self._state.block_map = _without_idle(self._state.block_map)  # before anybody asks for it
             self._group = ShardGroup(self._state, self._orphan_timeout(self._state.plan), token)
             self._repair(self._take_up)
             threading.Thread(target=self._watch, name="shard-watch", daemon=True).start()
@@ -155,7 +156,6 @@ class Coordinator:
                 if len(state.block_map.addresses) > shards:
                     raise RunFailed("shards were lost meanwhile and all began afresh: scale again")
                 group.shrink(shards)
-                state.save()
             self._note(f"{shards} shards now: {result['blocks_moved']} blocks moved in {result['seconds']:.1f} s")
             return {"shards": shards, **result}
         finally:
@@ -298,6 +298,7 @@ class Coordinator:
         if state.broken is not None:
             self._begin_afresh(state.broken)
         else:
+            self._write(state.block_map)
             self._settle()
         self._note("the coordinator died and is back")
 
@@ -377,3 +378,15 @@ class Coordinator:
             end_actor(ray.get_actor(NAME, namespace=self._namespace))  # for good: Ray would start it again otherwise
             time.sleep(10.0)
         os._exit(0)
+
+
+def _without_idle(block_map: BlockMap) -> BlockMap:
+    """Without the last shards as far as they own nothing; the same if they all own something.
+
+    They were about to join when the last coordinator died. Workers may not have heard of them for longer than the steps
+    are held, and a shard that missed steps refuses the next ones; outside the map it can join once more.
+    """
+    shards = int(block_map.owners.max()) + 1
+    if shards == len(block_map.addresses):
+        return block_map
+    return BlockMap(block_map.epoch + 1, block_map.owners, block_map.addresses[:shards])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class _Shard:
 
 
 class ShardGroup:
-    """state: whose plan and members this group follows; it changes the members' nodes and nothing else."""
+    """state: whose plan and members this group follows; it changes nothing else of it."""
 
     def __init__(self, state: RunState, orphan_timeout: float, token: SecretStr) -> None:
         self._state = state
@@ -67,8 +67,11 @@ class ShardGroup:
     def take_up(self) -> None:
         """Finds the actors that run; those that do not, or that begin with nothing, are lost."""
         plan, known = self._state.plan, self._state.block_map.addresses
+        numbers = range(len(self._state.members))
+        # What a coordinator began, or had not ended yet, when it died.
+        end_named(plan.namespace, but=(NAME, *map(shard_name, numbers)), groups={m.group for m in self._state.members})
         found: dict[int, Any] = {}
-        for number in range(len(self._state.members)):
+        for number in numbers:
             with suppress(ValueError):
                 found[number] = ray.get_actor(shard_name(number), namespace=plan.namespace)
         calls = {number: actor.whereabouts.remote() for number, actor in found.items()}
@@ -101,18 +104,21 @@ class ShardGroup:
         self._start([i for i, shard in enumerate(self._shards[:shards]) if shard is None])
 
     def shrink(self, shards: int) -> None:
-        """Ends all but the first so many shards, which own nothing any more."""
-        members = self._state.members
-        for number in range(shards, len(members)):
-            shard = self._shards[number]
+        """Ends all but the first so many shards, which own nothing any more.
+
+        Writes that down first: nobody starts them again, and what is left of them is found by name.
+        """
+        members, leaving = self._state.members, self._shards[shards:]
+        places = {member.group for member in members[shards:]} - {member.group for member in members[:shards]}
+        del members[shards:], self._shards[shards:]
+        self._state.save()
+        for shard in leaving:
             if shard is not None:
                 with suppress(RayError):
                     ray.get(shard.actor.forget.remote(), timeout=PULSE_SECONDS)
-            self._end(number)
-        kept = {member.group for member in members[:shards]}
-        for group in {member.group for member in members[shards:]} - kept:
+                end_actor(shard.actor)
+        for group in places:
             remove_placement_group(_place(group))
-        del members[shards:], self._shards[shards:]
 
     def cancel_moves(self, epoch: int) -> None:
         """To be called when no move is under way: a shard that was away may have missed the end of one."""
@@ -286,14 +292,15 @@ def end_actor(actor: Any) -> None:
         ray.kill(actor)
 
 
-def end_named(namespace: str, *, but: Sequence[str] = ()) -> None:
-    """Ends the actors of a namespace, except those named in `but`, and its placement groups."""
+def end_named(namespace: str, *, but: Sequence[str] = (), groups: Collection[str] = ()) -> None:
+    """Ends the actors of a namespace, except those named in `but`, and its placement groups, except `groups`."""
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if actor["namespace"] == namespace and actor["name"] not in but:
             with suppress(ValueError):
                 end_actor(ray.get_actor(actor["name"], namespace=namespace))
     for number, group in ray.util.placement_group_table().items():
-        if group["name"].startswith(f"{namespace}-") and group["state"] != "REMOVED":
+        ours = group["name"].startswith(f"{namespace}-") and number not in groups
+        if ours and group["state"] != "REMOVED":
             remove_placement_group(_place(number))
 
 

@@ -127,6 +127,42 @@ def test_a_block_map_that_could_not_be_written_is_not_in_force(
     assert coordinator.block_map() is before
 
 
+def test_a_coordinator_that_comes_back_takes_out_shards_that_had_not_joined(
+    coordinator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died between writing a map with two more shards and telling anybody; the workers have gone on since."""
+    state = make_state()
+    owners, addresses = state.block_map.owners, state.block_map.addresses
+    state.block_map = BlockMap(8, owners, (*addresses, "z:3", "z:4"))
+    state.save()
+    monkeypatch.setattr(Coordinator, "_repair", lambda self, work: None)
+    monkeypatch.setattr(Coordinator, "_watch", lambda self: None)
+    back = Coordinator("space", 1e6, SecretStr("t" * 16))
+    back._watchdog.stop()
+    assert (back.block_map().epoch, back.block_map().addresses) == (9, addresses), "for workers that ask at once"
+    written: list[BlockMap] = []
+
+    def announce(block_map: BlockMap) -> None:
+        found = run_state.load("space")
+        assert found is not None
+        written.append(found.block_map)
+
+    back._group = SimpleNamespace(  # type: ignore[assignment]
+        take_up=lambda: None,
+        addresses=lambda: (*addresses, "z:3", "z:4"),
+        announce=announce,
+        cancel_moves=lambda epoch: None,
+    )
+    back._take_up()
+    assert [(block_map.epoch, block_map.addresses) for block_map in written] == [(9, addresses)], "written first"
+    # Where every shard owns something nothing changes.
+    state.block_map = BlockMap(8, owners, addresses)
+    state.save()
+    again = Coordinator("space", 1e6, SecretStr("t" * 16))
+    again._watchdog.stop()
+    assert again.block_map().epoch == 8
+
+
 def test_shards_that_own_blocks_again_are_not_ended(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All shards began afresh after the last block had moved."""
     group = coordinator._group
@@ -167,11 +203,69 @@ def test_which_shards_a_coordinator_takes_up(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(shard_group.ray, "get_actor", get_actor)
     monkeypatch.setattr(shard_group.ray, "get", lambda call, timeout: call)
     monkeypatch.setattr(shard_group, "end_actor", ended.append)
+    monkeypatch.setattr(shard_group, "end_named", lambda *_, **__: None)
     group = ShardGroup(state, 1.0, SecretStr("t" * 16))
     group.take_up()
     assert group.addresses() == ("a:1", "b:2", "c:1", "d:1", "e:1")
     assert list(group.lost()) == [2, 3]
     assert [actor.name for actor in ended] == ["shard-2"]
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of placement groups that are there: `aa` of the shards, `bb` of nobody, and another run's."""
+    there = ["aa", "bb", "cc"]
+    names = {"aa": "space-1", "bb": "space-2", "cc": "another-1"}
+    named = [("space", "coordinator"), ("space", "shard-1"), ("space", "shard-2"), ("another", "shard-2")]
+    listed = [{"namespace": namespace, "name": name} for namespace, name in named]
+
+    def table() -> dict[str, dict[str, str]]:
+        states = {number: "CREATED" if number in there else "REMOVED" for number in names}
+        return {number: {"name": names[number], "state": states[number]} for number in names}
+
+    monkeypatch.setattr(shard_group.ray.util, "list_named_actors", lambda all_namespaces: listed)
+    monkeypatch.setattr(shard_group.ray.util, "placement_group_table", table)
+    monkeypatch.setattr(shard_group, "_place", lambda group: group)
+    monkeypatch.setattr(shard_group, "remove_placement_group", there.remove)
+    return there
+
+
+def test_what_a_coordinator_had_begun_is_taken_away_by_the_next(
+    places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It died between making room for a shard that was to join and writing that down."""
+    state, ended = make_state(), list[str]()
+
+    def get_actor(name: str, namespace: str) -> Any:
+        return SimpleNamespace(name=name, whereabouts=SimpleNamespace(remote=lambda: None))
+
+    monkeypatch.setattr(shard_group.ray, "get_actor", get_actor)
+    monkeypatch.setattr(shard_group.ray, "get", lambda call, timeout: Whereabouts("y:2", "node", 0.0, True))
+    monkeypatch.setattr(shard_group, "end_actor", lambda actor: ended.append(actor.name))
+    ShardGroup(state, 1.0, SecretStr("t" * 16)).take_up()
+    assert (ended, places) == (["shard-2"], ["aa", "cc"])
+
+
+def test_shards_that_leave_are_forgotten_before_they_end(
+    places: list[str], store: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that died in between would start them again, in a place that is gone."""
+    state = make_state()
+    state.members += [Member("bb", 0)]
+    group = ShardGroup(state, 1.0, SecretStr("t" * 16))
+
+    def kept(_: object) -> int:
+        found = run_state.load("space")
+        assert found is not None
+        return len(found.members)
+
+    forget = SimpleNamespace(remote=lambda: None)
+    group._shards[2] = SimpleNamespace(actor=SimpleNamespace(forget=forget))  # type: ignore[call-overload]
+    at_the_end: list[int] = []
+    monkeypatch.setattr(shard_group.ray, "get", lambda call, timeout: None)
+    monkeypatch.setattr(shard_group, "end_actor", lambda actor: at_the_end.append(kept(actor)))
+    group.shrink(2)
+    assert (at_the_end, places, len(group.addresses())) == ([2], ["aa", "cc"], 2)
 
 
 def test_a_shard_that_nobody_knows_gives_up_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
