@@ -19,7 +19,8 @@ from .store import BusyError, FencedError, StoreError
 from .tables import TableSpec
 
 SETTLE_POLL_SECONDS = 0.001
-
+# What a shard does also when its lease has ended: say what it knows, and hear what has been decided.
+WITHOUT_LEASE = {"describe", "statistics", "traffic", "pull_times", "set_block_map", "cancel_moves", "arm"}
 
 Fetched = tuple[int, dict[str, np.ndarray], int]  # a block, its tensors, their bytes
 
@@ -69,9 +70,11 @@ class Administration:
             self._methods["arm"] = failpoints.arm
 
     def call(self, method: str, arguments: Mapping[str, Any]) -> Any:
-        """Raises StoreError for an unknown method, and whatever the method raises."""
+        """Raises StoreError for an unknown method, BusyError after the lease, and whatever the method raises."""
         if method not in self._methods:
             raise StoreError(f"a shard has no method {method!r}: it knows {', '.join(self._methods)}")
+        if method not in WITHOUT_LEASE and self.shard.lease.ended:
+            raise BusyError(f"shard {self.shard.number}: its lease has ended: {method} has to wait for another")
         return self._methods[method](**arguments)
 
     def describe(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Operation(ABC):
         self.deadline = deadline
         self.future: Future[Any] = Future()
         self.waiting_for: dict[int, int] = {}  # shard -> calls not answered yet
+        self.sent_again = ""  # why the last call that had to be
         self._lock = threading.Lock()
 
     def sent(self, shards: Sequence[int]) -> None:

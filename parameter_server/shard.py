@@ -182,7 +182,7 @@ class Shard(Contents):
                 self._commit([(request, statuses)])
             except JournalError as error:
                 return self._refused(token, Refusal(NOT_WRITTEN, str(error)))
-            completed = [Completed(token, self._answer(request, statuses))]
+            completed = self._acknowledge([(token, request, statuses)])
             return completed if clock is None else completed + self._release()
 
     def repeat(self, pushes: Sequence[PushRequest]) -> None:
@@ -257,10 +257,8 @@ class Shard(Contents):
             served = self._served[part.blocks]
             index, status = part.index, np.zeros(len(served), np.uint8)  # zero is APPLIED
             if not served.all():
-                index, status = (
-                    readable(part.select(served)[0].index),
-                    np.where(served, APPLIED, MOVED).astype(np.uint8),
-                )
+                index = readable(part.select(served)[0].index)
+                status = np.where(served, APPLIED, MOVED).astype(np.uint8)
                 self._counts["moved"] += int(np.count_nonzero(status))
             out = np.empty((len(index), self.layout.slabs[part.slab].width), np.float32)
             kernels.gather(self._memory[part.slab].weights, index, out)
@@ -320,14 +318,19 @@ class Shard(Contents):
             self._update(*update)
         failpoints.hit("push.applied")
 
-    def _answer(self, request: PushRequest, statuses: np.ndarray) -> PushReply:
-        replies = [statuses[part.blocks] for part in request.parts]
-        self._counts["pushes"] += 1
-        for reply in replies:
-            if reply.any():
+    def _acknowledge(self, applied: Sequence[tuple[object, PushRequest, np.ndarray]]) -> list[Completed]:
+        """Not if the lease has ended meanwhile: the process was stopped, perhaps before the record was written."""
+        if self.lease.ended:
+            return [done for token, _, _ in applied for done in self._unleased(token)]
+        completed = []
+        for token, request, statuses in applied:
+            replies = [statuses[part.blocks] for part in request.parts]
+            self._counts["pushes"] += 1
+            for reply in (reply for reply in replies if reply.any()):
                 self._counts["duplicates"] += int(np.count_nonzero(reply == BlockStatus.DUPLICATE))
                 self._counts["moved"] += int(np.count_nonzero(reply == BlockStatus.MOVED))
-        return PushReply(replies)
+            completed.append(Completed(token, PushReply(replies)))
+        return completed
 
     def _update(self, slab: int, index: np.ndarray, grads: np.ndarray, rate: float) -> None:
         memory = self._memory[slab]
@@ -342,9 +345,7 @@ class Shard(Contents):
         rates = {part.slab: rate for other in ranks.values() for held in other for part, rate in _rates(held.request)}
         for part, rate in _rates(call.request):
             if not math.isclose(rates.get(part.slab, rate), rate, rel_tol=1e-6):
-                text = (
-                    f"step {call.clock.step}, slab {part.slab}: rank {call.clock.rank} states the learning rate {rate}"
-                )
+                text = f"step {call.clock.step}, slab {part.slab}: rank {call.clock.rank} states learning rate {rate}"
                 return self._refused(call.token, Refusal(INVALID, f"{text}, another rank {rates[part.slab]}"))
         ranks.setdefault(call.clock.rank, []).append(call)
         completed: list[Completed] = []
@@ -381,7 +382,7 @@ class Shard(Contents):
         except JournalError as error:
             refusal = Refusal(NOT_WRITTEN, str(error))
             return completed + [done for token, _, _ in answered for done in self._refused(token, refusal)]
-        return completed + [Completed(token, self._answer(request, statuses)) for token, request, statuses in answered]
+        return completed + self._acknowledge(answered)
 
     def _release(self) -> list[Completed]:
         """Answers the pulls whose clock is satisfied now."""
@@ -389,6 +390,8 @@ class Shard(Contents):
         ready = [call for call in waiting.pulls if self._may_pull(call.clock)]
         if ready:
             waiting.pulls = [call for call in waiting.pulls if not self._may_pull(call.clock)]
+            if self.lease.ended:
+                return [done for call in ready for done in self._unleased(call.token)]
         return [Completed(c.token, self._read(c.request)) for c in ready if isinstance(c.request, PullRequest)]
 
 

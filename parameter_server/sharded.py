@@ -116,7 +116,7 @@ class ShardedStore(Store):
         trial = Layout(self.layout.blocks, self.layout.seed)
         trial.add([*self.layout.tables])
         trial.add(tables)  # refuses here, before any shard has heard of it
-        self.control_all("create_tables", {"tables": [t.model_dump() for t in tables]})
+        self._when_free(lambda: self.control_all("create_tables", {"tables": [t.model_dump() for t in tables]}))
         self.layout.add(tables)
 
     def begin(self, generation: int, workers: int, step: int) -> None:
@@ -199,6 +199,7 @@ class ShardedStore(Store):
             self.adopt(newer)
         if isinstance(answer, ConnectionError) or (isinstance(answer, Refusal) and answer.code == LATER):
             self.counters.add("retries", 1)
+            operation.sent_again = answer.message if isinstance(answer, Refusal) else str(answer)
             self._look_for_map()
             self._timer.later(RETRY_SECONDS, partial(self._recall, operation, shard, shares))
             return
@@ -271,9 +272,11 @@ class ShardedStore(Store):
         cuts = self._when_free(lambda: self.control_all("mark", self._stand()))
         dense = {name: np.array(tensor) for name, tensor in (tensors or {}).items()}
 
+        where = {"directory": directory}
+
         def write() -> dict[str, Any]:
             calls = [
-                self._background.submit(self.control, shard, "write", {"cut": cut, "directory": directory})
+                self._background.submit(self._when_free, partial(self.control, shard, "write", where | {"cut": cut}))
                 for shard, cut in enumerate(cuts)
             ]
             try:
@@ -368,7 +371,8 @@ class _Timer:
         if operation is not None:
             shards = ", ".join(str(shard) for shard in sorted(operation.waiting_for))
             what = type(operation).__name__.lower()
-            operation.fail(StoreTimeout(f"{what}: no answer from shard {shards} within the deadline"))
+            why = f" ({operation.sent_again})" if operation.sent_again else ""
+            operation.fail(StoreTimeout(f"{what}: no answer from shard {shards} within the deadline{why}"))
 
     def _add(self, when: float, action: Callable[[], None]) -> None:
         with self._wake:

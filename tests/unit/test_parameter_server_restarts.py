@@ -10,9 +10,10 @@ from embershard.parameter_server import failpoints
 from embershard.parameter_server.administration import Administration
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.lease import Lease
+from embershard.parameter_server.local import LocalStore
 from embershard.parameter_server.requests import LATER, Clock, PullReply, PullRequest, PushReply, PushRequest, RowSet
 from embershard.parameter_server.shard import Shard
-from embershard.parameter_server.store import StoreError
+from embershard.parameter_server.store import BusyError, StoreError, StoreTimeout
 from embershard.parameter_server.tables import Layout, Optimizer, TableSpec
 
 BLOCKS = 20
@@ -104,6 +105,65 @@ def test_after_its_lease_a_shard_neither_reads_nor_applies_nor_counts_a_step(syn
     assert isinstance(push(shard, 2, Clock(1, 2, sync=sync)), PushReply)
     assert shard.clocks.step == 2
     assert isinstance(pull(shard, Clock(1, 3)), PullReply)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_push_during_which_the_lease_ends_is_not_acknowledged_nor_read(sync: bool) -> None:
+    """As when the process is stopped in the middle: by the time it goes on, another may have its blocks."""
+    now = Now()
+    shard = make_shard(now)
+    shard.begin(1, 1, 0)
+    shard.lease.grant(30.0)
+    ahead = Clock(1, 2, sync=sync)
+    assert shard.pull(PullRequest(every_row(shard), ahead), "pull", 0.0) == []
+
+    class Journal:
+        def append(self, *_: object) -> None:
+            now.seconds = 30.0
+
+    shard.journal = Journal()
+    request = PushRequest(7, 1, [], [], [], Clock(1, 1, sync=sync))
+    assert [done.reply.code for done in shard.push(request, "push", 0.0)] == [LATER, LATER]  # and the pull behind it
+    shard.journal = None
+    shard.lease.grant(60.0)
+    (done,) = shard.push(request, "again", 0.0)
+    assert isinstance(done.reply, PushReply)
+    assert shard.statistics()["lease_ended"] == 2
+
+
+def test_after_its_lease_a_shard_only_says_what_it_knows_and_hears_what_was_decided(tmp_path: Path) -> None:
+    now = Now()
+    shard = make_shard(now)
+    shard.lease.grant(30.0)
+    administration = Administration(shard, lambda completed: None, lambda *_, **__: [])
+    cut = administration.mark(1)
+    now.seconds = 30.0
+    refused = {
+        "mark": {"epoch": 1},
+        "write": {"cut": cut, "directory": str(tmp_path)},
+        "load": {"directory": str(tmp_path), "tables": {}, "epoch": 1},
+        "reset": {"epoch": 1},
+        "begin": {"generation": 1, "workers": 1, "step": 0},
+        "create_tables": {"tables": []},
+        "close_gate": {"after": 0, "lag": 0, "seconds": 1.0},
+    }
+    for method, arguments in refused.items():
+        with pytest.raises(BusyError, match=f"shard 0: its lease has ended: {method} has to wait"):
+            administration.call(method, arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert administration.call("describe", {})["epoch"] == 1
+    administration.call("set_block_map", {"epoch": 2, "owners": [0] * BLOCKS, "addresses": ["x"]})
+    shard.lease.grant(60.0)
+    assert len(administration.call("write", {"cut": cut, "directory": str(tmp_path)})) == BLOCKS
+
+
+def test_the_deadline_says_why_a_call_was_sent_again() -> None:
+    with LocalStore(shards=2, blocks=BLOCKS) as store:
+        store.create_tables(SPECS)
+        store.timeout = 0.2
+        store.members[1].lease.grant(0.0)
+        with pytest.raises(StoreTimeout, match=r"no answer from shard 1 within .*\(shard 1: its lease has ended\)"):
+            store.pull(every_row(store.members[0])).result()
 
 
 def test_without_the_guard_a_shard_whose_lease_has_ended_goes_on() -> None:

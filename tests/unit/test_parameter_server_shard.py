@@ -329,7 +329,7 @@ def test_ranks_that_disagree_are_told() -> None:
     assert (wrong_size.code, "began with 2" in wrong_size.message) == (INVALID, True)
     shard.push(push_of(shard, 1, Clock(1, 1, 0, 2, sync=True), rate=0.5), "p", 9.0)
     other_rate = shard.push(push_of(shard, 1, Clock(1, 1, 1, 2, sync=True), client=2, rate=0.25), "p", 9.0)[0].reply
-    assert other_rate.message.startswith("step 1, slab 0: rank 1 states the learning rate 0.25")
+    assert other_rate.message.startswith("step 1, slab 0: rank 1 states learning rate 0.25")
     skipped = shard.push(push_of(shard, 1, Clock(1, 100, 0, 2)), "p", 0.0)[0].reply
     assert "its push for step 1 has not arrived" in skipped.message
 
