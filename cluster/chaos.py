@@ -23,13 +23,12 @@ from ray.exceptions import RayError
 from ..parameter_server import failpoints
 from ..parameter_server.blocks import BlockMap
 from ..parameter_server.client import StoreClient
-from ..parameter_server.kernels import locate
 from ..parameter_server.security import run_token
 from ..parameter_server.store import StoreError
 from .calls import ask
 from .chaos_faults import Faults
 from .chaos_history import FINAL, HISTORY_FILE, Recorder, Workload, judge, read_tables
-from .chaos_pusher import Pusher
+from .chaos_pusher import Pusher, read_items
 from .errors import ConfigError, RunFailed, one_line, root_cause
 from .launch import Members
 from .progress import ProgressReporter
@@ -218,7 +217,7 @@ class _Job:
         self._shards = len(ask(self._members.coordinator, "block_map").addresses)
         self.faults.kill_every_shard()
         self._patiently(self._save)
-        pulled = self._patiently(self._pull)
+        pulled = self._patiently(lambda: read_items(self._store, self._workload))
         saved = read_tables(str(self._folder / FINAL))["items"].values
         if not np.array_equal(pulled, saved):
             raise RunFailed(f"rows as pulled and as in {self._folder / FINAL} differ")
@@ -236,17 +235,3 @@ class _Job:
 
     def _save(self) -> None:
         self._store.save(str(self._folder / FINAL)).result()
-
-    def _pull(self) -> np.ndarray:
-        layout = self._store.layout
-        ref = layout.ref("items")
-        rows = np.arange(self._workload.rows)
-        part, inverse = locate(
-            layout.slabs[ref.slab],
-            np.array([ref.table], np.int32),
-            np.array([0, len(rows)]),
-            rows,
-            self._store.block_map.rank(),
-        )
-        values: np.ndarray = self._store.pull([part]).result()[0][inverse]
-        return values

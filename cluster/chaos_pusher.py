@@ -82,3 +82,18 @@ class Pusher:
         segments = np.array([0, len(rows)])
         refs = [layout.ref(name) for name in VALUES]
         return [locate(layout.slabs[ref.slab], np.array([ref.table], np.int32), segments, rows, rank) for ref in refs]
+
+
+def read_items(store: Store, workload: Workload) -> np.ndarray:
+    """Every row of `items` as it is pulled now: float32 [rows, width]. Raises StoreError: see `Pusher.run`."""
+    rows = np.arange(workload.rows)
+    ref = store.layout.ref("items")
+    part, inverse = locate(
+        store.layout.slabs[ref.slab],
+        np.array([ref.table], np.int32),
+        np.array([0, len(rows)]),
+        rows,
+        store.block_map.rank(),
+    )
+    values: np.ndarray = store.pull([part]).result()[0][inverse]
+    return values

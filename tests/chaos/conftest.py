@@ -1,15 +1,19 @@
-"""Shards in processes of their own, ended with the test."""
+"""Shards in processes of their own, ended with the test; and runs on the tests' Ray cluster."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from embershard.datasets.synthetic import generate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shards import Shards
+from train_run import ROWS, SETTINGS, Run
 
 
 @pytest.fixture
@@ -17,11 +21,38 @@ def shards(tmp_path: Path) -> Iterator[Callable[..., Shards]]:
     """Makes `Shards`, with a generation begun."""
     made: list[Shards] = []
 
-    def make(count: int, spare: int = 0) -> Shards:
-        made.append(Shards(tmp_path, count, spare))
+    def make(count: int, spare: int = 0, **options: Any) -> Shards:
+        folder = tmp_path / f"group-{len(made)}"
+        folder.mkdir()
+        made.append(Shards(folder, count, spare, **options))
         made[-1].begin()
         return made[-1]
 
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    for name, rows, seed in (("train/a", ROWS // 2, 0), ("train/b", ROWS // 2, 1), ("eval", 500, 2)):
+        generate(str(path / name), rows=rows, seed=seed, cardinalities=(300, 40, 7), dense=2)
+    data = SETTINGS["data"] | {"path": str(path / "train"), "eval_path": str(path / "eval")}
+    cluster = SETTINGS["cluster"] | {"address": ray_address}
+    (path / "run.yaml").write_text(yaml.safe_dump(SETTINGS | {"data": data, "cluster": cluster}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def in_peace(home: Path) -> Callable[[list[str]], dict[str, Any]]:
+    """The summary of a run with the same settings that nothing happens to."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def of(settings: list[str]) -> dict[str, Any]:
+        name = "-".join(["in-peace", *(setting.rpartition("=")[2] for setting in settings)])
+        if name not in done:
+            done[name] = Run(home, name, *settings).finish()
+        return done[name]
+
+    return of

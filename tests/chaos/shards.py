@@ -7,6 +7,7 @@ blocks are being moved: what `cluster.coordinator` does with Ray, without Ray.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,12 @@ from embershard.cluster.chaos_history import HISTORY_FILE, History, Recorder, Ve
 from embershard.cluster.chaos_pusher import Pusher
 from embershard.cluster.migration import described
 from embershard.cluster.rescale import Rescale
+from embershard.parameter_server import failpoints
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import StoreClient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+from proxy import Proxy
 from shard_process import BLOCKS, ShardProcess
 
 WORKLOAD = Workload(seed=11, rows=400, touched=24)
@@ -45,25 +49,47 @@ def read_map(file: Path) -> BlockMap:
     return BlockMap(content["epoch"], np.array(content["owners"], np.uint16), tuple(content["addresses"]))
 
 
-class Shards:
-    """`count` shards that serve, `spare` that may join, all with journals below `folder`."""
+def coordinate(map_file: Path, addresses: list[str], shards: int, points: str) -> None:
+    """Rescales, as a coordinator that may be killed or stopped on the way: in a process of its own."""
+    failpoints.arm(points)
+    with StoreClient.connect(addresses) as store:
+        store.adopt(read_map(map_file))
+        Rescale(store, lambda: addresses, lambda block_map: write_map(map_file, block_map)).run(shards)
 
-    def __init__(self, folder: Path, count: int, spare: int = 0) -> None:
+
+class Shards:
+    """`count` shards that serve, `spare` that may join, all with journals below `folder`; proxied: each behind one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        spare: int = 0,
+        *,
+        proxied: bool = False,
+        workload: Workload = WORKLOAD,
+        memory_bytes: int | None = None,
+    ) -> None:
+        self.workload = workload
+        self.memory_bytes = memory_bytes
         self.folder = folder
         self.map_file = folder / "block-map.json"
         self.changing = threading.RLock()
         self.processes = [self._start(number) for number in range(count + spare)]
+        self.replaced: list[ShardProcess] = []  # by a process elsewhere, and alive
+        self.proxies = [Proxy(process.address) for process in self.processes] if proxied else []
         self.recorder = Recorder(folder / HISTORY_FILE)
-        self.recorder.write("workload", **WORKLOAD.__dict__)
-        write_map(self.map_file, BlockMap.initial(BLOCKS, tuple(p.address for p in self.processes[:count])))
+        self.recorder.write("workload", **workload.__dict__)
+        write_map(self.map_file, BlockMap.initial(BLOCKS, tuple(self.addresses()[:count])))
         for number in range(count):
             self._tell(number)
         self.store = self.connect()
-        self.store.create_tables(WORKLOAD.tables())
+        self.store.create_tables(workload.tables())
         self.step = 0
 
     def _start(self, number: int) -> ShardProcess:
-        return ShardProcess(self.folder / f"shard-{number}", number=number, alone=False)
+        folder = self.folder / f"shard-{number}"
+        return ShardProcess(folder, number=number, alone=False, memory_bytes=self.memory_bytes)
 
     def _tell(self, number: int) -> None:
         with StoreClient.connect(self.processes[number].address) as store:
@@ -75,18 +101,19 @@ class Shards:
         return read_map(self.map_file)
 
     def addresses(self) -> list[str]:
-        return [process.address for process in self.processes]
+        return [end.address for end in self.proxies or self.processes]
 
     def connect(self, timeout: float = 120.0) -> StoreClient:
         return StoreClient.connect(self.addresses(), timeout=timeout, find_map=self.block_map)
 
-    def begin(self, generation: int = 1, step: int = 0) -> None:
-        self.store.begin(generation, 1, step)
-        self.recorder.write("generation", generation=generation, step=step, workers=1)
-        self.generation, self.step = generation, step
+    def begin(self, generation: int = 1, step: int = 0, workers: int = 1) -> None:
+        self.store.begin(generation, workers, step)
+        self.recorder.write("generation", generation=generation, step=step, workers=workers)
+        self.generation, self.step, self.workers = generation, step, workers
 
-    def pusher(self, store: StoreClient) -> Pusher:
-        return Pusher(store, WORKLOAD, self.recorder, client=0, workers=1, generation=self.generation)
+    def pusher(self, store: StoreClient, client: int = 0) -> Pusher:
+        generation, workers = self.generation, self.workers
+        return Pusher(store, self.workload, self.recorder, client=client, workers=workers, generation=generation)
 
     @contextmanager
     def pushing(self) -> Iterator[None]:
@@ -127,6 +154,14 @@ class Shards:
             assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
             time.sleep(0.02)
 
+    def coordinator(self, shards: int, points: str) -> BaseProcess:
+        """A coordinator that rescales."""
+        process = multiprocessing.get_context("forkserver").Process(
+            target=coordinate, args=(self.map_file, self.addresses(), shards, points)
+        )
+        process.start()
+        return process
+
     def rescale(self, shards: int) -> dict[str, Any]:
         """Shards that join are new, and those that leave end: their journals go with them."""
         while len(self.processes) < shards:
@@ -142,17 +177,34 @@ class Shards:
     def arm(self, number: int, points: str) -> None:
         self.store.control_at(self.processes[number].address, "arm", {"points": points})
 
-    def restart(self, number: int) -> None:
-        """A shard that has died, with its journal; nothing is told to the workers."""
+    def restart(self, number: int, *, elsewhere: bool = False) -> None:
+        """A shard that has died, with its journal; nothing is told to the workers. elsewhere: at another address."""
         assert self.processes[number].wait() == -signal.SIGKILL
         with self.changing:
             before = self.processes[number].address
+            if elsewhere:
+                (self.folder / f"shard-{number}" / "port").unlink()
             self.processes[number] = self._start(number)
-            assert self.processes[number].address == before
+            assert (self.processes[number].address != before) == elsewhere
             self.settle()
+
+    def replace(self, number: int, *, journal: bool) -> ShardProcess:
+        """As on another machine, so that the old process, which is returned, lives on; with its journal or without."""
+        with self.changing:
+            old, there = self.processes[number], self.folder / f"shard-{number}-elsewhere"
+            if journal:
+                shutil.copytree(self.folder / f"shard-{number}", there)
+            self.processes[number] = ShardProcess(there, number=number, alone=False)
+            self.settle()
+        self.replaced.append(old)
+        return old
 
     def settle(self) -> None:
         """What a coordinator does that has come back or has replaced a shard."""
+        block_map = self.block_map()
+        addresses = tuple(self.addresses()[: len(block_map.addresses)])
+        if addresses != block_map.addresses:
+            write_map(self.map_file, BlockMap(block_map.epoch + 1, block_map.owners, addresses))
         for number, process in enumerate(self.processes):
             if psutil.pid_exists(process.pid):
                 self._tell(number)
@@ -160,6 +212,9 @@ class Shards:
 
     def kill(self, number: int) -> None:
         os.kill(self.processes[number].pid, signal.SIGKILL)
+
+    def stop(self, number: int) -> None:
+        os.kill(self.processes[number].pid, signal.SIGSTOP)
 
     def is_stopped(self, number: int) -> bool:
         return psutil.Process(self.processes[number].pid).status() == psutil.STATUS_STOPPED
@@ -178,5 +233,7 @@ class Shards:
 
     def close(self) -> None:
         self.store.close()
-        for process in self.processes:
+        for process in self.processes + self.replaced:
             process.kill()
+        for proxy in self.proxies:
+            proxy.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,12 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from embershard.cluster.rescale import Rescale, RescaleError
-from embershard.parameter_server import failpoints
-from embershard.parameter_server.client import StoreClient
+from embershard.cluster.rescale import RescaleError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shards import Shards, read_map, write_map
+from shards import Shards
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
@@ -63,23 +60,13 @@ def rescale_again(group: Shards, shards: int) -> object:
         return group.rescale(shards)
 
 
-def coordinate(map_file: Path, addresses: list[str], shards: int, points: str) -> None:
-    failpoints.arm(points)
-    with StoreClient.connect(addresses) as store:
-        store.adopt(read_map(map_file))
-        Rescale(store, lambda: addresses, lambda block_map: write_map(map_file, block_map)).run(shards)
-
-
 @pytest.mark.parametrize("action", ["kill", "stop"])
 @pytest.mark.parametrize("number", [1, 2], ids=["joining", "moving"])
 @pytest.mark.parametrize("point", ["move.commit", "move.committed"])
 def test_the_coordinator(shards, point: str, number: int, action: str) -> None:
     group = shards(2, spare=1)
     with group.pushing():
-        process = multiprocessing.get_context("forkserver").Process(
-            target=coordinate, args=(group.map_file, group.addresses(), 3, f"{point}={action}:{number}")
-        )
-        process.start()
+        process = group.coordinator(3, f"{point}={action}:{number}")
         if action == "kill":
             process.join(120)
             assert process.exitcode == -signal.SIGKILL

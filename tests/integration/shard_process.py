@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,31 +13,32 @@ from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.recovery import open_shard
 from embershard.parameter_server.server import ShardServer
 
-BLOCKS = 40
+BLOCKS = 70
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["embershard.parameter_server.recovery", "embershard.parameter_server.server"])
 
 
 def _serve(
-    folder: str | None, points: str, journal_bytes: int, number: int, alone: bool, lease: float, pipe: Connection
+    folder: str | None, points: str, journal_bytes: int, number: int, alone: bool, memory: int | None, pipe: Connection
 ) -> None:
     os.environ[failpoints.VARIABLE] = points
     failpoints.arm(points)
     kernels.warm_up()
-    shard, recovery = open_shard(number, BLOCKS, 0, journal=folder, journal_bytes=journal_bytes)
-    if lease:
-        shard.lease.grant(time.monotonic() + lease)
+    shard, recovery = open_shard(number, BLOCKS, 0, journal=folder, journal_bytes=journal_bytes, memory_bytes=memory)
     address = ShardServer(shard).start()
     if recovery is None and alone:
         shard.set_block_map(BlockMap.initial(BLOCKS, (address,)))
     pipe.send((address, None if recovery is None else recovery.as_dict()))
-    pipe.recv()
+    with suppress(EOFError):  # the test has ended
+        while True:
+            shard.lease.grant(pipe.recv())
+            pipe.send("granted")
 
 
 class ShardProcess:
     """recovery: what the shard reported when it came back, None if it is new.
 
-    alone: it is the only shard, and owns every block from the beginning. lease: seconds that it serves, 0: for ever.
+    alone: it is the only shard, and owns every block from the beginning. memory_bytes: see `StoreConfig`.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class ShardProcess:
         *,
         number: int = 0,
         alone: bool = True,
-        lease: float = 0.0,
+        memory_bytes: int | None = None,
     ) -> None:
         self._pipe, theirs = _context.Pipe()
         path = None if folder is None else str(folder)
-        arguments = (path, points, journal_bytes, number, alone, lease, theirs)
+        arguments = (path, points, journal_bytes, number, alone, memory_bytes, theirs)
         self._process = _context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -62,6 +63,11 @@ class ShardProcess:
     def pid(self) -> int:
         assert self._process.pid is not None
         return self._process.pid
+
+    def grant_lease(self, until: float) -> None:
+        """The shard serves up to `until` (`time.monotonic()` seconds); without a grant it serves for ever."""
+        self._pipe.send(until)
+        self._pipe.recv()
 
     def wait(self, timeout: float = 30.0) -> int | None:
         """Until the process has ended; its exit code, None if it lives on."""
