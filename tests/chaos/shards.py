@@ -57,6 +57,13 @@ def coordinate(map_file: Path, addresses: list[str], shards: int, points: str) -
         Rescale(store, lambda: addresses, lambda block_map: write_map(map_file, block_map)).run(shards)
 
 
+def save(addresses: list[str], directory: str, points: str) -> None:
+    """Writes a checkpoint, as a worker that may be killed on the way: in a process of its own."""
+    failpoints.arm(points)
+    with StoreClient.connect(addresses) as store:
+        store.save(directory).result()
+
+
 class Shards:
     """`count` shards that serve, `spare` that may join, all with journals below `folder`; proxied: each behind one."""
 
@@ -156,11 +163,11 @@ class Shards:
 
     def coordinator(self, shards: int, points: str) -> BaseProcess:
         """A coordinator that rescales."""
-        process = multiprocessing.get_context("forkserver").Process(
-            target=coordinate, args=(self.map_file, self.addresses(), shards, points)
-        )
-        process.start()
-        return process
+        return _started(coordinate, self.map_file, self.addresses(), shards, points)
+
+    def saver(self, directory: str, points: str) -> BaseProcess:
+        """A worker that writes a checkpoint."""
+        return _started(save, self.addresses(), directory, points)
 
     def rescale(self, shards: int) -> dict[str, Any]:
         """Shards that join are new, and those that leave end: their journals go with them."""
@@ -237,3 +244,9 @@ class Shards:
             process.kill()
         for proxy in self.proxies:
             proxy.close()
+
+
+def _started(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    return process
