@@ -1,4 +1,7 @@
-"""Blocks move to and fro while a worker pushes; rows and state are those of the model, also after everything died."""
+"""Blocks move to and fro while a worker pushes, then every shard dies: rows and state are those of the model.
+
+No checkpoint is written before, so that they come back with what stands in their journals alone.
+"""
 
 import pytest
 from embershard.cluster.chaos_history import read_tables

@@ -19,21 +19,16 @@ from embershard.parameter_server.requests import INVALID, Clock
 from embershard.parameter_server.server import ShardServer
 from embershard.parameter_server.shard import Shard
 from embershard.parameter_server.store import FencedError, StoreError, StoreTimeout
-from embershard.parameter_server.tables import Initializer, Layout, Optimizer, TableError, TableSpec
+from embershard.parameter_server.tables import Layout, Optimizer, TableError, TableSpec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 sys.path.insert(0, str(Path(__file__).parent))
+from exact import exact_table
 from proxy import Proxy
 
 ROWS, WIDTH, BLOCKS = 500, 4, 40
-TABLE = TableSpec(
-    name="items",
-    rows=ROWS,
-    width=WIDTH,
-    initializer=Initializer(kind="constant", scale=0.0),
-    optimizer=Optimizer(kind="sgd"),
-)
+TABLE = exact_table(ROWS, WIDTH)
 
 
 class Cluster:

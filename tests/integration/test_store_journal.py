@@ -17,19 +17,13 @@ import pytest
 from embershard.parameter_server.client import StoreClient
 from embershard.parameter_server.kernels import locate
 from embershard.parameter_server.store import ShardUnavailable
-from embershard.parameter_server.tables import Initializer, Optimizer, TableSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
+from exact import exact_table
 from shard_process import ShardProcess
 
 ROWS, WIDTH = 300, 4
-TABLE = TableSpec(
-    name="items",
-    rows=ROWS,
-    width=WIDTH,
-    initializer=Initializer(kind="constant", scale=0.0),
-    optimizer=Optimizer(kind="sgd"),
-)
+TABLE = exact_table(ROWS, WIDTH)
 
 
 class Scenario:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,16 +17,13 @@ from embershard.parameter_server.kernels import locate
 from embershard.parameter_server.requests import Clock
 from embershard.parameter_server.server import ShardServer
 from embershard.parameter_server.shard import Shard
-from embershard.parameter_server.tables import Initializer, Layout, Optimizer, TableSpec
+from embershard.parameter_server.tables import Layout
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exact import exact_table
 
 ROWS, WIDTH, BLOCKS, WORKERS = 20_000, 4, 60, 2
-TABLE = TableSpec(
-    name="items",
-    rows=ROWS,
-    width=WIDTH,
-    initializer=Initializer(kind="constant", scale=0.0),
-    optimizer=Optimizer(kind="sgd"),
-)
+TABLE = exact_table(ROWS, WIDTH)
 
 
 class Cluster:

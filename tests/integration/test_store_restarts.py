@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -14,16 +15,13 @@ from embershard.parameter_server.requests import Clock
 from embershard.parameter_server.server import ShardServer
 from embershard.parameter_server.shard import Shard
 from embershard.parameter_server.store import FencedError
-from embershard.parameter_server.tables import Initializer, Layout, Optimizer, TableSpec
+from embershard.parameter_server.tables import Layout
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exact import exact_table
 
 ROWS, WIDTH, BLOCKS = 100, 2, 40
-TABLE = TableSpec(
-    name="items",
-    rows=ROWS,
-    width=WIDTH,
-    initializer=Initializer(kind="constant", scale=0.0),
-    optimizer=Optimizer(kind="sgd"),
-)
+TABLE = exact_table(ROWS, WIDTH)
 
 
 class Servers:

@@ -25,22 +25,17 @@ from embershard.parameter_server.security import Security
 from embershard.parameter_server.server import ShardServer
 from embershard.parameter_server.shard import Shard
 from embershard.parameter_server.store import SecurityError, Store, StoreError, StoreTimeout
-from embershard.parameter_server.tables import Initializer, Layout, Optimizer, TableSpec
+from embershard.parameter_server.tables import Layout
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from certificates import Authority
+from exact import exact_table
 
 BLOCKS, WIDTH = 10, 4
 TOKEN, OTHER = "0123456789abcdef-right", "fedcba9876543210-wrong"
-TABLE = TableSpec(
-    name="t",
-    rows=100,
-    width=WIDTH,
-    initializer=Initializer(kind="constant", scale=0.0),
-    optimizer=Optimizer(kind="sgd"),
-)
+TABLE = exact_table(100, WIDTH)
 VARIABLES = ("RAY_USE_TLS", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 
 
