@@ -53,6 +53,9 @@ def convert(
     found_by: Annotated[
         int | None, typer.Option(min=1, help="--histories: items to be found are liked by so many people (1).")
     ] = None,
+    deals: Annotated[
+        int | None, typer.Option(min=1, help="--histories: rows per person to train on, each split anew (1).")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -75,7 +78,13 @@ def convert(
     from .progress import ProgressReporter
 
     *inputs, output = paths
-    sampling = {"negatives": negatives, "seed": seed, "positive_from": positive_from, "found_by": found_by}
+    sampling = {
+        "negatives": negatives,
+        "seed": seed,
+        "positive_from": positive_from,
+        "found_by": found_by,
+        "deals": deals,
+    }
     options = {name: value for name, value in sampling.items() if value is not None}
     convert_source = _converter(source)
     if options and source not in (Source.MOVIELENS, Source.INTERACTIONS):
@@ -83,8 +92,8 @@ def convert(
         raise ConfigError(f"convert: {flag} is for movielens and interactions, not for {source.value}")
     if histories:
         convert_source = _histories(source, options)
-    elif found_by is not None:
-        raise ConfigError("convert: --found-by is for --histories")
+    elif wrong := {"found_by", "deals"} & options.keys():
+        raise ConfigError(f"convert: --{min(wrong).replace('_', '-')} is for --histories")
     with ProgressReporter() as progress:
         summary = convert_source(
             inputs, output, on_bad_rows=on_bad_rows.value, progress=progress.counter("byte"), **options

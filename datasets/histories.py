@@ -27,6 +27,7 @@ def convert_histories(
     seed: int = 0,
     positive_from: float = 4.0,
     found_by: int = 1,
+    deals: int = 1,
     on_bad_rows: str = "fail",
     name: str = "interactions",
     progress: Callable[[int, int], None] | None = None,
@@ -37,10 +38,11 @@ def convert_histories(
     `history`, the larger half, and `liked`; a pair that repeats counts once. A fifth of the people stand in eval,
     nobody in both. Items are numbered by how many people of train have them, most first (ties by their id). `liked`
     keeps those that at least `found_by` of these people have: its cardinality is their number. Who then has nothing to
-    find is left out. label is 1. All pairs are held in memory.
+    find is left out. With several `deals` everybody in train has so many rows, each dealt anew, so that a ranker does
+    not learn one split by heart. label is 1. All pairs are held in memory.
 
     Returns:
-        output, bytes, people (by folder), items, items_to_find, bad_rows, examples.
+        output, bytes, people and rows (by folder), items, items_to_find, bad_rows, examples.
 
     Raises:
         DataError: as `convert_interactions`, or nobody is left.
@@ -54,18 +56,24 @@ def convert_histories(
     rng = np.random.default_rng(seed)
     held_out = rng.permutation(len(people)) < HELD_OUT * len(people)
     number, to_find = _numbered(pairs[:, 1], ~held_out[person], found_by)
-    seen = _larger_half(person, len(people), rng)
-    lists = [_Lists(person[half], number[half], len(people)) for half in (seen, ~seen & (number < to_find))]
-    rows = {"train": ~held_out & lists[1].filled, "eval": held_out & lists[1].filled}
+    dealt = []
+    for _ in range(deals):
+        seen = _larger_half(person, len(people), rng)
+        dealt.append([_Lists(person[half], number[half], len(people)) for half in (seen, ~seen & (number < to_find))])
+    rows = {
+        "train": [np.flatnonzero(~held_out & liked.filled) for _, liked in dealt],
+        "eval": [np.flatnonzero(held_out & dealt[0][1].filled)],
+    }
     for folder, chosen in rows.items():
-        if not chosen.any():
+        if not any(map(len, chosen)):
             raise DataError(f"{inputs[0]}: nobody is left for {folder}: give more rows, or a lower --found-by")
     cardinalities = {HISTORY: int(number.max()) + 1, LIKED: to_find}
-    written = {f: _write(f"{output}/{f}", name, lists, np.flatnonzero(own), cardinalities) for f, own in rows.items()}
+    written = {f: _write(f"{output}/{f}", name, dealt[: len(own)], own, cardinalities) for f, own in rows.items()}
     return {
         "output": output,
         "bytes": sum(written.values()),
-        "people": {folder: int(np.count_nonzero(own)) for folder, own in rows.items()},
+        "people": {folder: len(np.unique(np.concatenate(own))) for folder, own in rows.items()},
+        "rows": {folder: sum(map(len, own)) for folder, own in rows.items()},
         "items": cardinalities[HISTORY],
         "items_to_find": to_find,
         "bad_rows": bad.count,
@@ -126,12 +134,22 @@ class _Lists:
         self.array = pa.ListArray.from_arrays(offsets, pa.array(items[order].astype(np.int64)))
 
 
-def _write(output: str, source: str, lists: Sequence[_Lists], rows: np.ndarray, cardinalities: dict[str, int]) -> int:
-    """Returns the bytes on disk."""
-    columns = [pa.array(np.ones(len(rows), np.int8)), *(one.array.take(pa.array(rows)) for one in lists)]
-    bags = [CategoricalColumn(name=name, cardinality=size, bag=True) for name, size in cardinalities.items()]
-    schema = Schema(source=source, label="label", dense=[], categorical=bags, rows=len(rows), positives=len(rows))
-    table = pa.table(columns, names=["label", *cardinalities])
+def _write(
+    output: str,
+    source: str,
+    dealt: Sequence[Sequence[_Lists]],
+    rows: Sequence[np.ndarray],
+    cardinalities: dict[str, int],
+) -> int:
+    """rows: the people of each deal. Returns the bytes on disk."""
+    size = sum(map(len, rows))
+    lists = [
+        pa.chunked_array([own[k].array.take(pa.array(chosen)) for own, chosen in zip(dealt, rows, strict=True)])
+        for k in range(len(cardinalities))
+    ]
+    bags = [CategoricalColumn(name=name, cardinality=items, bag=True) for name, items in cardinalities.items()]
+    schema = Schema(source=source, label="label", dense=[], categorical=bags, rows=size, positives=size)
+    table = pa.table([pa.array(np.ones(size, np.int8)), *lists], names=["label", *cardinalities])
     stated = {METADATA_KEY: schema.model_dump_json(exclude_none=True).encode()}
     with DatasetWriter(output) as writer:
         pq.write_table(table.replace_schema_metadata(stated), writer.staged(_PART), row_group_size=ROW_GROUP_ROWS)

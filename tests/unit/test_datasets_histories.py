@@ -63,6 +63,22 @@ def test_the_seed_decides(log: tuple[Path, dict[int, set[int]]], tmp_path: Path)
     assert a == b != c
 
 
+def test_several_deals_split_anew_what_those_to_train_on_like(
+    log: tuple[Path, dict[int, set[int]]], tmp_path: Path
+) -> None:
+    convert_histories([str(log[0])], str(tmp_path / "once"), seed=3)
+    summary = convert_histories([str(log[0])], str(tmp_path / "out"), seed=3, deals=3)
+    assert summary["people"] == {"train": 48, "eval": 12} and summary["rows"] == {"train": 144, "eval": 12}
+    assert people(tmp_path / "out" / "eval") == people(tmp_path / "once" / "eval")
+    rows = people(tmp_path / "out" / "train")
+    assert rows[:48] == people(tmp_path / "once" / "train")
+    deals = [rows[begin : begin + 48] for begin in (0, 48, 96)]
+    for dealt in zip(*deals, strict=True):
+        assert len({tuple(sorted(row["history"] + row["liked"])) for row in dealt}) == 1
+    assert sum(first["history"] != other["history"] for first, other in zip(*deals[:2], strict=True)) > 40
+    assert load_schema(str(tmp_path / "out" / "train")).rows == 144
+
+
 def test_rare_items_are_known_but_not_to_be_found(log: tuple[Path, dict[int, set[int]]], tmp_path: Path) -> None:
     plain = convert_histories([str(log[0])], str(tmp_path / "plain"))
     summary = convert_histories([str(log[0])], str(tmp_path / "out"), found_by=10)

@@ -1,6 +1,7 @@
 """Interactions, MovieLens and Avazu to Parquet."""
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,22 @@ def test_the_whole_of_movielens(tmp_path):
 
 AVAZU = "1000009418151094273,0,14102100,1005,0,1fbe01fe,f3845767,28905ebd,ecad2386,7801e8d9,07d7df22,"
 AVAZU += "a99f214a,ddd2926e,44956a24,1,2,15706,320,50,1722,0,35,-1,79"
+
+
+def test_the_page_of_results_draws_a_fifth_of_the_rows_apart(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "results-methods.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    rows = [f"{i},{i % 7},{i % 5 + 1}" for i in range(2000)]
+    (tmp_path / "ml-1m").mkdir()
+    with gzip.open(tmp_path / "ml-1m" / "ratings.csv.gz", "wt") as file:
+        file.write("\n".join(["user,movie,rating", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    users = {}
+    for name in ("train", "eval"):
+        convert_interactions([f"{name}.csv"], name)
+        users[name] = [row["user"] for row in rows_of(tmp_path / name)]
+    assert sorted(users["train"] + users["eval"]) == list(range(2000)) and 340 < len(users["eval"]) < 460
 
 
 def test_avazu(tmp_path):

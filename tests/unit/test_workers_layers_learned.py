@@ -184,6 +184,17 @@ def test_one_vector_per_sample_equals_the_oracle_with_and_without_gradients(weig
     assert made(ids[:0]).shape == (0, D)
 
 
+@pytest.mark.parametrize("dim", [64, 150])
+def test_wide_vectors_per_sample_are_the_same_bits_without_gradients(dim: int) -> None:
+    """Widths at which rows are added in blocks of columns, with and without a rest."""
+    made = es.nn.MemRecSample([f"c{f}" for f in range(5)], dim, token_rows=300, hashes=2)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 10**6, (33, 5)))
+    trained = made(ids).detach()
+    with torch.no_grad():
+        assert torch.equal(made(ids), trained)
+    assert trained.count_nonzero() == trained.numel()
+
+
 @pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad"])
 def test_one_vector_per_sample_trained_alone_and_on_shards_the_same_bits(kind: str) -> None:
     rng, optimizer = np.random.default_rng(3), Optimizer(kind=kind)

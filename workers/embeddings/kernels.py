@@ -5,14 +5,21 @@ The numbers that `map_ids` gives are part of the checkpoint format: they never c
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from ...parameter_server.jit import jit
 from ...parameter_server.placement_kernels import mix64
-from ...parameter_server.row_kernels import AHEAD, prefetch_row
+from ...parameter_server.row_kernels import LANES, LINE
 
 INDEX = 0
 HASH = 1
+BLOCK = 64  # columns that `sum_rows` adds at once: eight registers of eight lanes
 
 _U64 = np.uint64
 
@@ -187,6 +194,53 @@ def spread_samples(grad: np.ndarray, inverse: np.ndarray, offsets: np.ndarray, o
                     out[target, j] += grad[b, j]
 
 
+@intrinsic
+def sum_rows(
+    typing_context: Any, table: Any, rows: Any, begin: Any, count: Any, column: Any, out: Any, sample: Any
+) -> Any:
+    """out[sample, column : column + BLOCK] <- the sum of table[rows[begin : begin + count]] there, first row first.
+
+    Asks for rows[begin + count : begin + 2 count], those of the next sample, meanwhile. table and out float32
+    [., width], rows int64, all C-contiguous; nothing is checked.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table, rows, out = (context.make_array(signature.args[k])(context, builder, arguments[k]) for k in (0, 1, 5))
+        _, _, begin, count, column, _, sample = arguments
+        width = builder.extract_value(out.shape, 1)
+        lanes, byte, word = ir.VectorType(ir.FloatType(), LANES), ir.IntType(8).as_pointer(), ir.IntType(32)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", (byte,), ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        )
+
+        def at(data: Any, row: Any) -> Any:
+            return builder.gep(data, [builder.add(builder.mul(row, width), column)])
+
+        def lane(pointer: Any, k: int) -> Any:
+            return builder.bitcast(builder.gep(pointer, [ir.Constant(begin.type, k * LANES)]), lanes.as_pointer())
+
+        nothing = ir.Constant(lanes, [0.0] * LANES)
+        sums = [cgutils.alloca_once_value(builder, nothing) for _ in range(BLOCK // LANES)]
+        for total in sums:
+            builder.store(nothing, total)  # the slot is set up once per function, not once per call
+        zero, one = (ir.Constant(begin.type, k) for k in (0, 1))
+        with cgutils.for_range_slice(builder, zero, count, one) as (i, _):
+            place = builder.add(begin, i)
+            here = at(table.data, builder.load(builder.gep(rows.data, [place])))
+            ahead = at(table.data, builder.load(builder.gep(rows.data, [builder.add(place, count)])))
+            for offset in range(0, BLOCK * 4, LINE):
+                line = builder.gep(builder.bitcast(ahead, byte), [ir.Constant(begin.type, offset)])
+                builder.call(prefetch, [line, word(0), word(3), word(1)])  # for reading, keep in all levels, data
+            for k, total in enumerate(sums):
+                builder.store(builder.fadd(builder.load(total), builder.load(lane(here, k), align=4)), total)
+        target = at(out.data, sample)
+        for k, total in enumerate(sums):
+            builder.store(builder.load(total), lane(target, k), align=4)
+        return context.get_dummy_value()
+
+    return types.none(table, rows, types.int64, types.int64, types.int64, out, types.int64), generate
+
+
 @jit
 def look_up_samples(
     ids: np.ndarray,
@@ -196,19 +250,20 @@ def look_up_samples(
     weight: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """out [B, d] <- MEM-REC's vectors of ids int64 [B, F], rows asked for ahead of their use.
+    """out [B, d] <- MEM-REC's vectors of ids int64 [B, F]; the rows of a sample are asked for during the one before it.
 
     token_seeds uint64 [F * K], weight_seeds [F * K_w] (K_w may be 0), feature by feature; token [D, d], weight
     [D_w, 1]. The sums are those of `sum_samples`, in its order.
     """
     batch, features = ids.shape
     width = out.shape[1]
-    per_token, per_weight = len(token_seeds) // features, len(weight_seeds) // features
-    rows = np.empty(batch * len(token_seeds), np.int64)
+    count = len(token_seeds)
+    per_token, per_weight = count // features, len(weight_seeds) // features
+    rows = np.zeros((batch + 1) * count, np.int64)  # behind the last sample, row 0 is asked for
     alpha = np.empty(batch, np.float32)
     place = 0
     for b in range(batch):
-        alpha[b] = 0 if per_weight else 1
+        scale = np.float32(0 if per_weight else 1)
         for f in range(features):
             mixed = mix64(_U64(ids[b, f]))
             for k in range(per_token):
@@ -217,23 +272,18 @@ def look_up_samples(
                 place += 1
             for k in range(per_weight):
                 word = mix64(mixed ^ weight_seeds[f * per_weight + k])
-                alpha[b] += weight[np.int64(multiply_high(word, _U64(len(weight)))), 0]
-    place, last = 0, len(rows) - 1
+                scale += weight[np.int64(multiply_high(word, _U64(len(weight)))), 0]
+        alpha[b] = scale
+    whole = width - width % BLOCK
     for b in range(batch):
-        for j in range(width):
+        begin = b * count
+        for column in range(0, whole, BLOCK):
+            sum_rows(token, rows, begin, count, column, out, b)
+        for j in range(whole, width):
             out[b, j] = 0
-        end = place + len(token_seeds)
-        while place + 4 <= end:  # four rows between two visits to `out`, added in the same order
-            for k in range(4):
-                prefetch_row(token, rows[min(place + AHEAD + k, last)])
-            first, second, third, fourth = rows[place], rows[place + 1], rows[place + 2], rows[place + 3]
-            for j in range(width):
-                out[b, j] = out[b, j] + token[first, j] + token[second, j] + token[third, j] + token[fourth, j]
-            place += 4
-        for i in range(place, end):
-            for j in range(width):
+        for i in range(begin, begin + count):
+            for j in range(whole, width):
                 out[b, j] += token[rows[i], j]
-        place = end
         for j in range(width):
             out[b, j] *= alpha[b]
 
