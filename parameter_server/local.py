@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ class LocalStore(ShardedStore):
         self._administrations = [Administration(shard, self._deliver, self._fetch) for shard in self.members]
         if members is None:
             for shard in self.members:
+                shard.threads = len(os.sched_getaffinity(0))
                 shard.set_block_map(block_map)
 
     def attach(self) -> LocalStore:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .kernels import initialise_share, share_rows
-from .optimizers import initial_state, state_columns
+from .kernels import gather, initialise_share, share_rows
+from .optimizers import apply, initial_state, state_columns
+from .parallel import in_parts
 from .tables import Slab, TableError, TableSpec
 
 HUGE_PAGE = 2 << 20
@@ -92,6 +93,23 @@ class SlabMemory:
         """Views of one block's weights [rows_per_block, width] and state [rows_per_block, state_width]."""
         rows = slice(block * self.slab.rows_per_block, (block + 1) * self.slab.rows_per_block)
         return self.weights[rows], self.state[rows]
+
+    def read(self, index: np.ndarray, threads: int = 1) -> np.ndarray:
+        """float32 [U, width]: the rows `index`."""
+        out = np.empty((len(index), self.slab.width), np.float32)
+        in_parts(
+            lambda begin, end: gather(self.weights, index[begin:end], out[begin:end]), len(out), out.nbytes, threads
+        )
+        return out
+
+    def update(self, index: np.ndarray, grads: np.ndarray, learning_rate: float, threads: int = 1) -> None:
+        """Applies the optimizer to the rows `index` (distinct); grads float32 [U, width]."""
+
+        def update(begin: int, end: int) -> None:
+            part = slice(begin, end)
+            apply(self.slab.optimizer, self.weights, self.state, index[part], grads[part], learning_rate)
+
+        in_parts(update, len(index), grads.nbytes, threads)
 
     def initialise(self, block: int, seed: int) -> None:
         """Gives every row of a block its initial values."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import failpoints, kernels, ledger, optimizers
+from . import failpoints, ledger
 from .clocks import Clocks
 from .contents import Contents
 from .gate import Gate
@@ -54,6 +54,7 @@ class Shard(Contents):
         super().__init__(number, layout, memory_bytes)
         self.clocks = Clocks()
         self.lease = Lease()
+        self.threads = 1  # that a call may use; shards that serve a network run on one core each
         self.traffic = np.zeros(layout.blocks, np.int64)  # rows read and changed so far, by block
         self._gate = Gate()
         self._waiting = WaitingCalls()
@@ -260,10 +261,8 @@ class Shard(Contents):
                 index = readable(part.select(served)[0].index)
                 status = np.where(served, APPLIED, MOVED).astype(np.uint8)
                 self._counts["moved"] += int(np.count_nonzero(status))
-            out = np.empty((len(index), self.layout.slabs[part.slab].width), np.float32)
-            kernels.gather(self._memory[part.slab].weights, index, out)
             statuses.append(status)
-            rows.append(out)
+            rows.append(self._memory[part.slab].read(index, self.threads))
             self._counts["rows_pulled"] += len(index)
             self.traffic[part.blocks] += part.counts
         self._counts["pulls"] += 1
@@ -336,7 +335,7 @@ class Shard(Contents):
         memory = self._memory[slab]
         self._save_pre_images(slab, index)
         self._transit.note(slab, index, memory.slab.rows_per_block)
-        optimizers.apply(memory.slab.optimizer, memory.weights, memory.state, index, grads, rate)
+        memory.update(index, grads, rate, self.threads)
         self._counts["rows_pushed"] += len(index)
 
     def _hold(self, call: WaitingCall) -> list[Completed]:

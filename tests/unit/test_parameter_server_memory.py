@@ -10,7 +10,7 @@ import pytest
 from embershard.parameter_server import jit
 from embershard.parameter_server.memory import SlabMemory, reserve
 from embershard.parameter_server.snapshot import SlabCut
-from embershard.parameter_server.tables import Layout, TableError, TableSpec
+from embershard.parameter_server.tables import Layout, Optimizer, TableError, TableSpec
 from embershard.parameter_server.validation import readable
 
 
@@ -35,6 +35,24 @@ def test_a_dropped_block_gives_its_pages_back() -> None:
     memory.weights[3 * 4096 : 4 * 4096], memory.state[3 * 4096 : 4 * 4096] = 1.0, 2.0
     assert (memory.weights == 1.0).all(), "only that block was dropped"
     assert (memory.state == 2.0).all()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
+def test_threads_divide_the_rows_and_change_nothing(kind: str) -> None:
+    """Large enough to be divided: the same bits as by one thread, in every row."""
+    rng = np.random.default_rng(0)
+    (slab,) = Layout(8, 0).add([TableSpec(name="t", rows=16_000, width=8, optimizer=Optimizer(kind=kind))])
+    index = readable(rng.permutation(8 * slab.rows_per_block)[:12_001].astype(np.uint32))
+    grads = readable(rng.standard_normal((len(index), 8), dtype=np.float32))
+    memories = [SlabMemory(slab), SlabMemory(slab)]
+    for memory, threads in zip(memories, (1, 3), strict=True):
+        memory.weights[:], memory.state[:] = 0.5, 0.25
+        memory.update(index, grads, 0.1, threads)
+    one, three = memories
+    assert (one.weights[index] != 0.5).any(1).all()
+    assert one.weights.tobytes() == three.weights.tobytes()
+    assert one.state.tobytes() == three.state.tobytes()
+    np.testing.assert_array_equal(three.read(index, 3), one.weights[index])
 
 
 def test_too_much_address_space_is_refused_by_name() -> None:

@@ -95,7 +95,7 @@ def test_gather_and_scatter_are_transposes() -> None:
     np.testing.assert_array_equal(out, rows[inverse.reshape(4, 5).T])
     grad = rng.standard_normal(out.shape, dtype=np.float32)
     back = np.zeros_like(rows)
-    kernels.scatter_vectors(grad, inverse, back, 0, 4)
+    kernels.scatter_vectors(grad.reshape(-1), 12, 4, inverse, back, 0, 4)
     expected = np.zeros_like(rows)
     np.add.at(expected, inverse.reshape(4, 5).T, grad)
     np.testing.assert_allclose(back, expected, rtol=1e-6)
@@ -109,7 +109,8 @@ def test_threads_divide_the_work_and_change_nothing(threads: int, own_rows: bool
     features, batch, each = 7, 1500, 40
     inverse = rng.integers(0, each, (features, batch)) + (each * np.arange(features)[:, None] if own_rows else 0)
     rows = torch.from_numpy(rng.standard_normal((features * each, 16), dtype=np.float32)).requires_grad_()
-    grad = torch.from_numpy(rng.standard_normal((batch, features, 16), dtype=np.float32))
+    wide = torch.from_numpy(rng.standard_normal((batch, features + 2, 16), dtype=np.float32))
+    grad = wide[:, 1:-1]  # as it comes from a model that put other vectors beside these
     torch.set_num_threads(threads)
     try:
         out = vectors(rows, inverse.reshape(-1).astype(np.int32), features, own_rows=own_rows)
@@ -129,6 +130,6 @@ def test_sums_do_not_depend_on_where_rows_stand() -> None:
     grad = (rng.standard_normal((200, 3, 2)) * 10.0 ** rng.integers(-6, 6, (200, 3, 2))).astype(np.float32)
     order = np.array([2, 0, 3, 1], np.int32)
     one, other = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
-    kernels.scatter_vectors(grad, inverse, one, 0, 3)
-    kernels.scatter_vectors(grad, order[inverse], other, 0, 3)
+    kernels.scatter_vectors(grad.reshape(-1), 6, 3, inverse, one, 0, 3)
+    kernels.scatter_vectors(grad.reshape(-1), 6, 3, order[inverse], other, 0, 3)
     assert one.tobytes() == other[order].tobytes()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...parameter_server.parallel import in_parts
 from . import kernels
 
 
@@ -20,19 +19,14 @@ def _array(tensor: Tensor) -> np.ndarray:
     return array
 
 
-_SMALL_BYTES = 1 << 18  # below, waking another thread costs more than it saves
-_MOST_THREADS = 8
-_helpers = ThreadPoolExecutor(_MOST_THREADS - 1, thread_name_prefix="vectors")
-
-
-def _in_parts(kernel: Callable[..., None], count: int, moved: int, *arrays: np.ndarray) -> None:
-    """kernel(*arrays, begin, end) over [0, count), which moves `moved` bytes, on as many threads as torch may use."""
-    parts = 1 if moved < _SMALL_BYTES else max(1, min(torch.get_num_threads(), _MOST_THREADS, count))
-    ends = [count * (part + 1) // parts for part in range(parts)]
-    others = [_helpers.submit(kernel, *arrays, *span) for span in pairwise(ends)]
-    kernel(*arrays, 0, ends[0])
-    for other in others:
-        other.result()
+def _flat(grad: Tensor) -> tuple[np.ndarray, int]:
+    """The floats of [B, F, d] as one array, and how far apart samples are: part of a wider tensor is not copied."""
+    batch, features, width = grad.shape
+    if grad.stride()[1:] != (width, 1) or grad.stride(0) < features * width:
+        grad = grad.contiguous()
+    stride = grad.stride(0)
+    size = (batch - 1) * stride + features * width if batch else 0
+    return grad.detach().as_strided((size,), (1,), grad.storage_offset()).numpy(), stride
 
 
 class _Gather(torch.autograd.Function):
@@ -42,16 +36,19 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, inverse: np.ndarray, features: int, own_rows: bool) -> Tensor:
         ctx.inverse, ctx.rows, ctx.own_rows = inverse, len(rows), own_rows
         out = rows.new_empty(len(inverse) // features, features, rows.shape[1])
-        _in_parts(kernels.gather_vectors, len(out), out.nbytes, _array(rows), inverse, out.numpy())
+        arrays = _array(rows), inverse, out.numpy()
+        in_parts(partial(kernels.gather_vectors, *arrays), len(out), out.nbytes, torch.get_num_threads())
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
+        features = grad.shape[1]
         out = grad.new_zeros(ctx.rows, grad.shape[2])
         # Threads that add to the same row would need an order: features are divided only if none shares a row.
         moved = grad.nbytes if ctx.own_rows else 0
-        _in_parts(kernels.scatter_vectors, grad.shape[1], moved, _array(grad), ctx.inverse, out.numpy())
+        arguments = *_flat(grad), features, ctx.inverse, out.numpy()
+        in_parts(partial(kernels.scatter_vectors, *arguments), features, moved, torch.get_num_threads())
         return out, None, None, None
 
 

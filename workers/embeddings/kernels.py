@@ -94,17 +94,22 @@ def gather_vectors(rows: np.ndarray, inverse: np.ndarray, out: np.ndarray, begin
 
 
 @jit
-def scatter_vectors(grad: np.ndarray, inverse: np.ndarray, out: np.ndarray, begin: int, end: int) -> None:
-    """The transpose of `gather_vectors`: out [U, d] (zeros) += grad [B, F, d], samples in order, features begin to end.
+def scatter_vectors(
+    grad: np.ndarray, stride: int, features: int, inverse: np.ndarray, out: np.ndarray, begin: int, end: int
+) -> None:
+    """The transpose of `gather_vectors`: out [U, d] (zeros) += grad, samples in order, features begin to end.
 
-    The order is that of the occurrences in the batch, never that of the rows: the sums do not depend on the layout.
+    grad: flat; sample b's [F, d] begins at b * stride. The order is that of the occurrences in the batch, never that of
+    the rows: the sums do not depend on the layout.
     """
-    batch, _, width = grad.shape
+    width = out.shape[1]
+    batch = len(inverse) // features
     for b in range(batch):
         for f in range(begin, end):
             target = inverse[f * batch + b]
+            source = b * stride + f * width
             for j in range(width):
-                out[target, j] += grad[b, f, j]
+                out[target, j] += grad[source + j]
 
 
 @jit
@@ -298,7 +303,7 @@ def warm_up() -> None:
     )
     rows, vectors, inverse = np.ones((1, 2), np.float32), np.ones((1, 1, 2), np.float32), np.zeros(1, np.int32)
     gather_vectors(rows, inverse, vectors, 0, 1)
-    scatter_vectors(vectors, inverse, rows, 0, 1)
+    scatter_vectors(vectors.reshape(-1), 2, 1, inverse, rows, 0, 1)
     pool_bags(rows, inverse, segments, False, vectors)
     spread_bags(vectors, inverse, segments, False, rows)
     first_occurrences(inverse, 1, inverse.copy(), inverse.copy())
