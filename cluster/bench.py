@@ -207,9 +207,6 @@ def bench_train(
             _contender(prefix, module, "ours", shards=shards, consistency=consistency, **common)
             for prefix, (shards, consistency) in variants.items()
         ]
-        contenders.append(
-            _contender("ours_2_journal", module, "ours", shards=2, consistency="bounded", journal=True, **common)
-        )
         mlet = {"shards": 0, "consistency": "bounded", "collapsed": max(1, dim // 4)}
         contenders.append(_contender("mlet_local", module, "ours", **mlet, **common))
         contenders += [_contender(name, module, name, **common) for name in ("dense", "torch_adagrad")]
@@ -227,10 +224,31 @@ def bench_train(
         for peer in ("fbgemm", "torchrec", "torch_adagrad", "dense")
     }
     wanted |= {f"ours_over_{peer}": (f"ours_2_bounded.{rate}", f"{peer}.{rate}") for peer in ("fbgemm", "torchrec")}
-    wanted["journal_over_none"] = (f"ours_2_journal.{rate}", f"ours_2_bounded.{rate}")
     wanted["mlet_over_single_layer"] = (f"mlet_local.{rate}", f"ours_local.{rate}")
     wanted["ours_over_torch_adagrad"] = (f"ours_2_bounded.{rate}", f"torch_adagrad.{rate}")
     return comparison.summary(wanted)
+
+
+def bench_durability(rounds: int, dim: int, batch: int, steps: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """What a journal, checkpoints in the background and, with RAY_USE_TLS, mutual TLS cost the training of 2 shards."""
+    from ..parameter_server.security import Certificates
+    from ..workers.bench import write_batches
+
+    variants: dict[str, dict[str, bool]] = {
+        "none": {},
+        "journal": {"journal": True},
+        "checkpoints": {"checkpoints": True},
+    }
+    if Certificates.of_environment() is not None:
+        variants["mtls"] = {"mtls": True}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "batches.npz")
+        write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
+        common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2, "shards": 2, "consistency": "bounded"}
+        contenders = [_contender(name, "workers.bench", "ours", **common, **how) for name, how in variants.items()]
+        comparison = run_rounds(contenders, rounds, tell)
+    rate = "samples_per_second"
+    return comparison.summary({f"{name}_over_none": (f"{name}.{rate}", f"none.{rate}") for name in [*variants][1:]})
 
 
 def _free_port() -> int:

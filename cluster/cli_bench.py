@@ -79,6 +79,21 @@ def train(
     _show(bench_train(rounds, _has_fbgemm(), with_torchrec, dim, batch, steps, _tell), as_json)
 
 
+@bench.command(epilog="Example: embershard bench durability --steps 100")
+def durability(
+    rounds: Rounds = 7,
+    dim: Annotated[int, typer.Option(min=1, help="Width of the embeddings.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 2048,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per round.")] = 60,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Training with a journal, with checkpoints all the time, and with mutual TLS, beside none of them."""
+    from .bench import bench_durability
+
+    _show(bench_durability(rounds, dim, batch, steps, _tell), as_json)
+
+
 def _has_fbgemm() -> bool:
     found = importlib.util.find_spec("fbgemm_gpu") is not None
     if not found:

@@ -143,22 +143,22 @@ class ShardServer:
         assembler = Assembler()
         try:
             while (frame := await context.read()) is not grpc.aio.EOF:
-                await self._check_network("network.cut", context)
+                if failpoints.active("network.cut"):
+                    await self._break(context, "network.cut")
                 call = assembler.add(frame)
                 if call is not None:
                     await stream.begin()
-                    completed = self._handle(stream, *call)
-                    await self._check_network("network.answer", context)
-                    self._deliver(completed)
+                    self._deliver(self._handle(stream, *call))
+                    if failpoints.active("network.answer"):
+                        stream.close()  # its writer has not run yet; what this call let through of others is answered
+                        await self._break(context, "network.answer")
         except FrameError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"shard {self.shard.number}: {error}")
         finally:
             stream.close()
 
-    async def _check_network(self, name: str, context: grpc.aio.ServicerContext) -> None:
-        """Breaks the stream where a failpoint says so."""
-        if failpoints.active(name):
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"shard {self.shard.number}: failpoint {name}")
+    async def _break(self, context: grpc.aio.ServicerContext, failpoint: str) -> None:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, f"shard {self.shard.number}: failpoint {failpoint}")
 
     def _handle(self, stream: _Stream, number: int, header: bytes, payload: Any) -> list[Completed]:
         token = _Token(stream, number)
@@ -210,7 +210,8 @@ class ShardServer:
 
     async def _transfer(self, request: pb.TransferRequest, context: grpc.aio.ServicerContext) -> None:
         """Between two frames of a block the loop serves whoever else calls."""
-        await self._check_network("network.cut", context)
+        if failpoints.active("network.cut"):
+            await self._break(context, "network.cut")
         for number, block in enumerate(request.blocks, 1):
             try:
                 if request.changes:

@@ -7,12 +7,14 @@ file); only the embedding differs. Each runs in a process of its own; `embershar
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 from ..datasets.schema import Batch, CategoricalColumn, DenseColumn, Ids, Schema
 from ..datasets.synthetic import KAGGLE
 from ..parameter_server import kernels
+from ..parameter_server.allocator import keep_freed_memory
 from ..parameter_server.requests import Clock
 from ..parameter_server.rpc_bench import process_cpu, shard_processes
 from ..parameter_server.store import Store
@@ -34,7 +37,7 @@ from .embeddings.base import Feature
 from .learner import Learner
 from .models.build import ModelConfig
 from .models.dlrm import DLRM
-from .network import Network, NetworkSpec
+from .network import Network, NetworkSpec, dense_tensors
 from .optimizers import DenseConfig, OptimizerConfig, SparseConfig
 from .pipeline import Pipeline
 
@@ -152,13 +155,19 @@ def ours(
     shards: int,
     consistency: str,
     journal: bool = False,
+    mtls: bool = False,
+    checkpoints: bool = False,
     collapsed: int | None = None,
 ) -> dict[str, float]:
     """Our own training step over shards in processes of their own; `shards` 0: tables in this process.
 
-    journal: the shards write every push to a temporary folder on disk before they acknowledge it. collapsed: MLET with
-    factors of width `dim` that give vectors of this width, in place of single-layer tables of width `dim`.
+    journal: the shards write every push to a temporary folder on disk before they acknowledge it. mtls: as RAY_USE_TLS
+    says. checkpoints: one after the other is written meanwhile. collapsed: MLET with factors of width `dim` that give
+    vectors of this width, in place of single-layer tables of width `dim`.
     """
+    if not mtls:
+        os.environ.pop("RAY_USE_TLS", None)
+    keep_freed_memory()
     kernels.warm_up()
     begin = time.perf_counter()
     task = _Task(path, dim, threads)
@@ -166,15 +175,18 @@ def ours(
     with ExitStack() as stack:
         pids: list[int] = []
         if shards:
-            folder = stack.enter_context(tempfile.TemporaryDirectory()) if journal else None
-            addresses, pids = stack.enter_context(shard_processes(shards, journal=folder))
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            addresses, pids = stack.enter_context(shard_processes(shards, journal=folder if journal else None))
             store: Store = stack.enter_context(Store.connect(addresses))
         else:
             store = stack.enter_context(Store.open())
-        return _train(task, store, consistency, pids, begin)
+        saved = stack.enter_context(tempfile.TemporaryDirectory()) if checkpoints else None
+        return _train(task, store, consistency, pids, begin, saved)
 
 
-def _train(task: _Task, store: Store, consistency: str, pids: list[int], begin: float) -> dict[str, float]:
+def _train(
+    task: _Task, store: Store, consistency: str, pids: list[int], begin: float, saved: str | None
+) -> dict[str, float]:
     empty = sum(_resident(pid) for pid in pids)
     network = Network(_spec(task), store, torch.device("cpu"))
     sparse = SparseConfig(kind="rowwise_adagrad", learning_rate=LEARNING_RATE, eps=EPS)
@@ -188,6 +200,7 @@ def _train(task: _Task, store: Store, consistency: str, pids: list[int], begin: 
 
     pipeline = Pipeline(_batches(task), network.embeddings, clock, depth=lag)
     before: dict[str, Any] = {}
+    saves: list[Future[Any]] = []
 
     def step(number: int) -> None:
         if number == WARM:
@@ -199,11 +212,19 @@ def _train(task: _Task, store: Store, consistency: str, pids: list[int], begin: 
             before["startup"] = time.perf_counter() - begin
         batch, ticket = pipeline.next(task.steps + WARM)
         learner.step(batch, ticket, clock(number + 1), pipeline.settle)
+        if saved is not None and all(save.done() for save in saves):
+            network.embeddings.drain()
+            saves.append(
+                store.save(f"{saved}/{number}", step=number, tensors=dense_tensors(network, learner.optimizer))
+            )
         if number == WARM + task.steps - 1:
             network.embeddings.drain()  # the last push belongs to the timed part
 
     with _timers(network, learner) as seconds:
         readings = task.time(step)
+    readings["checkpoints"] = sum(save.done() for save in saves)
+    for save in saves:
+        save.result()
     samples = task.steps * task.batch
     readings |= {f"{part}_ms_per_step": total / task.steps * 1e3 for part, total in sorted(seconds.items())}
     readings["pull_wait_ms_per_step"] = (pipeline.wait_seconds - before["wait"]) / task.steps * 1e3

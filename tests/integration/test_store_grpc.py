@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from embershard.parameter_server import failpoints
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import SERVICE, StoreClient
 from embershard.parameter_server.kernels import locate
@@ -134,6 +135,28 @@ def test_lost_answers_are_repeated_and_count_once(cluster):
         np.testing.assert_array_equal(read_all(store), model)
         assert store.counters.retries > 0
         assert sum(shard["duplicates"] for shard in store.statistics()) > 0
+
+
+def test_a_lost_answer_takes_no_other_with_it(cluster):
+    """What one worker's push lets through is another worker's answer."""
+    rng, model = np.random.default_rng(7), np.zeros((ROWS, WIDTH), np.float32)
+    with cluster.connect() as one, cluster.connect() as other:
+        one.create_tables([TABLE])
+        other.create_tables([TABLE])
+        one.begin(1, 2, 0)
+        push(other, *random_push(rng, model), clock=Clock(1, 1, 1, 2)).result()
+        part, _ = located(other, np.arange(ROWS))
+        waiting = other.pull([part], Clock(1, 2, 1, 2))
+        while any(shard["waiting"] == 0 for shard in one.statistics()):
+            pass
+        failpoints.arm("network.answer=skip")
+        try:
+            lost = push(one, *random_push(rng, model), clock=Clock(1, 1, 0, 2))
+            waiting.result(10)
+        finally:
+            failpoints.arm("")
+        lost.result()
+        np.testing.assert_array_equal(read_all(one), model)
 
 
 def test_cut_connections_while_pushing(cluster):
