@@ -25,11 +25,15 @@ TORCHREC = ["torchrec==1.8.0", "torchmetrics==1.0.3", "tensordict", "iopath", "p
 
 @dataclass(frozen=True)
 class Contender:
-    """One side of a comparison. prefix: what its readings are called; command: module and arguments for Python."""
+    """One side of a comparison. prefix: what its readings are called; command: module and arguments for Python.
+
+    environment: variables that its process has besides this one's.
+    """
 
     prefix: str
     command: tuple[str, ...]
     python: str = sys.executable
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,7 +91,11 @@ def run_rounds(contenders: Sequence[Contender], rounds: int, tell: Callable[[str
 def _measure(contender: Contender) -> dict[str, float]:
     # -P: from a checkout, `datasets` in the current folder would be taken for Hugging Face's.
     done = subprocess.run(
-        [contender.python, "-P", "-m", *contender.command], capture_output=True, text=True, timeout=CONTENDER_SECONDS
+        [contender.python, "-P", "-m", *contender.command],
+        env={**os.environ, **contender.environment},
+        capture_output=True,
+        text=True,
+        timeout=CONTENDER_SECONDS,
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -98,6 +106,14 @@ def _measure(contender: Contender) -> dict[str, float]:
 
 def _contender(prefix: str, module: str, name: str, **arguments: Any) -> Contender:
     return Contender(prefix, (f"embershard.{module}", name, json.dumps(arguments)))
+
+
+def _beside_shards(prefix: str, **arguments: Any) -> Contender:
+    """Our training over shards, with the threads of a worker of `embershard train`."""
+    from .worker_group import thread_settings
+
+    command = ("embershard.workers.bench", "ours", json.dumps(arguments))
+    return Contender(prefix, command, environment=thread_settings())
 
 
 def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -201,12 +217,13 @@ def bench_train(
         path = Path(folder, "batches.npz")
         write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
         common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2}
-        variants = {"ours_2_bounded": (2, "bounded"), "ours_2_sync": (2, "sync"), "ours_local": (0, "bounded")}
+        variants = {"ours_2_bounded": (2, "bounded"), "ours_2_sync": (2, "sync")}
         variants |= {"ours_1_bounded": (1, "bounded"), "ours_4_bounded": (4, "bounded")}
         contenders = [
-            _contender(prefix, module, "ours", shards=shards, consistency=consistency, **common)
+            _beside_shards(prefix, shards=shards, consistency=consistency, **common)
             for prefix, (shards, consistency) in variants.items()
         ]
+        contenders.append(_contender("ours_local", module, "ours", shards=0, consistency="bounded", **common))
         mlet = {"shards": 0, "consistency": "bounded", "collapsed": max(1, dim // 4)}
         contenders.append(_contender("mlet_local", module, "ours", **mlet, **common))
         contenders += [_contender(name, module, name, **common) for name in ("dense", "torch_adagrad")]
@@ -220,7 +237,7 @@ def bench_train(
     rate = "samples_per_second"
     wanted = {
         f"{ours}_over_{peer}": (f"{ours}.{rate}", f"{peer}.{rate}")
-        for ours in variants
+        for ours in (*variants, "ours_local")
         for peer in ("fbgemm", "torchrec", "torch_adagrad", "dense")
     }
     wanted |= {f"ours_over_{peer}": (f"ours_2_bounded.{rate}", f"{peer}.{rate}") for peer in ("fbgemm", "torchrec")}
@@ -245,7 +262,7 @@ def bench_durability(rounds: int, dim: int, batch: int, steps: int, tell: Callab
         path = Path(folder, "batches.npz")
         write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
         common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2, "shards": 2, "consistency": "bounded"}
-        contenders = [_contender(name, "workers.bench", "ours", **common, **how) for name, how in variants.items()]
+        contenders = [_beside_shards(name, **common, **how) for name, how in variants.items()]
         comparison = run_rounds(contenders, rounds, tell)
     rate = "samples_per_second"
     return comparison.summary({f"{name}_over_none": (f"{name}.{rate}", f"none.{rate}") for name in [*variants][1:]})

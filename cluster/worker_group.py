@@ -67,7 +67,7 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str) -> dict[
             storage_path=str(Path(folder.logs, "ray_train")),  # Ray's default would litter ~/ray_results
             failure_config=FailureConfig(max_failures=cluster.max_restarts),
             logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": _thread_settings()},
+            worker_runtime_env={"env_vars": thread_settings()},
         ),
     )
     try:
@@ -79,7 +79,7 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str) -> dict[
     return summary
 
 
-def _thread_settings() -> dict[str, str]:
+def thread_settings() -> dict[str, str]:
     """OpenMP threads that sleep where they wait for each other instead of spinning, unless the user chose otherwise.
 
     Shards, Ray and whatever else runs on a worker's machine take a core away for a moment; threads that spin meanwhile

@@ -167,7 +167,8 @@ def ours(
     """
     if not mtls:
         os.environ.pop("RAY_USE_TLS", None)
-    keep_freed_memory()
+    if shards:
+        keep_freed_memory()  # as in a worker of a run; a process of the user's own is left as it is
     kernels.warm_up()
     begin = time.perf_counter()
     task = _Task(path, dim, threads)
