@@ -56,3 +56,11 @@ def in_peace(home: Path) -> Callable[[list[str]], dict[str, Any]]:
         return done[name]
 
     return of
+
+
+@pytest.fixture(autouse=True)
+def no_run_goes_on() -> Iterator[None]:
+    """After a test that failed."""
+    yield
+    while Run.started:
+        Run.started.pop().process.kill()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import psutil
 from embershard.cluster.chaos_history import HISTORY_FILE, History, Recorder, Verdict, Workload, check, read_tables
-from embershard.cluster.chaos_pusher import Pusher
+from embershard.cluster.chaos_pusher import Pusher, read_items
 from embershard.cluster.migration import described
 from embershard.cluster.rescale import Rescale
 from embershard.parameter_server import failpoints
@@ -236,7 +236,9 @@ class Shards:
         self.store.save(directory).result()
         held = sum(statistics["blocks"] for statistics in self.store.statistics())
         assert held == BLOCKS, "a block has two owners, or none"
-        return check(History.read(self.folder / HISTORY_FILE), read_tables(directory))
+        tables = read_tables(directory)
+        np.testing.assert_array_equal(read_items(self.store, self.workload), tables["items"].values)
+        return check(History.read(self.folder / HISTORY_FILE), tables)
 
     def close(self) -> None:
         self.store.close()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -38,9 +38,12 @@ ONE, TWO = ["train.consistency=bounded"], ["train.consistency=sync", "cluster.wo
 
 
 class Run:
-    """`embershard train` in a process of its own, on the tests' cluster."""
+    """`embershard train` in a process of its own, on the tests' cluster. started: all that there are."""
+
+    started: ClassVar[list[Run]] = []
 
     def __init__(self, home: Path, name: str, *settings: str) -> None:
+        self.started.append(self)
         self.folder = home / name
         self.process = subprocess.Popen(
             [sys.executable, "-m", "embershard", "train", "run.yaml", f"run.dir={name}", *settings, "--json"],
