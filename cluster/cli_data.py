@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -125,7 +124,7 @@ def _histories(source: Source, options: Mapping[str, Any]) -> Callable[..., dict
 
 
 def generate(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     rows: Annotated[int, typer.Option(min=1, help="Rows to draw.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the rows; the same seed gives the same rows.")] = 0,
     model_seed: Annotated[
@@ -152,7 +151,7 @@ def generate(
     sizes = synthetic.CARDINALITIES if cardinalities is None else _numbers("--cardinalities", cardinalities)
     with ProgressReporter() as progress:
         summary = synthetic.generate(
-            str(output),
+            output,
             rows=rows,
             seed=seed,
             model_seed=model_seed,

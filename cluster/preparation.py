@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..datasets import bag_kernels
 from ..datasets.files import load_schema
 from ..datasets.schema import Schema
 from ..parameter_server.blocks import BlockMap
@@ -42,8 +41,6 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
     progress.note(reason)
     progress.note("loading kernels (the first time on a machine compiles them)")
     compilation.finish()
-    if any(column.bag for column in schema.categorical):
-        bag_kernels.warm_up()
     return schema
 
 

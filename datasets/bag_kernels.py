@@ -7,8 +7,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from . import kernels
 from .jit import jit
-from .kernels import Array, _is_valid, _load
+from .kernels import Array, _load, _unpack
 
 _P1, _P2, _P3 = np.uint64(0x9E3779B185EBCA87), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)
 _P4, _P5 = np.uint64(0x85EBCA77C2B2AE63), np.uint64(0x27D4EB2F165667C5)
@@ -71,11 +72,12 @@ def hash_strings(data: np.uint64, offsets: Array, out: Array) -> None:
 @jit
 def stage_weights(rows: Array, data: Array, valid: Array, bit: Array, out: Array) -> int:
     """out float32 [N] = chunks of `rows` int64 [C] float32 values. Returns -1, or the first null or not finite."""
-    at = 0
+    at, present = 0, np.empty(rows.max(), np.bool_)
     for chunk in range(len(rows)):
+        _unpack(valid[chunk], bit[chunk], present[: rows[chunk]])
         for i in range(rows[chunk]):
             out[at + i] = _load(data[chunk], np.uint64(i), numba.float32)
-            if not np.isfinite(out[at + i]) or not _is_valid(valid[chunk], bit[chunk] + np.uint64(i)):
+            if not np.isfinite(out[at + i]) or not present[i]:
                 return at + i
         at += rows[chunk]
     return -1
@@ -132,5 +134,7 @@ def warm_up() -> None:
     hash_strings(np.uint64(text.ctypes.data), edges, np.empty(1, np.int64))
     address, none = np.array([weight.ctypes.data], np.uint64), np.zeros(1, np.uint64)
     stage_weights(one, address, none, none, weight.copy())
+    ids = np.array([edges.ctypes.data], np.uint64)
+    kernels.stage_ids(kernels.INT64, one, ids, none, none, -1, one.copy())
     bag_sizes(order, 1, 1, 0, 1, one, edges.copy())
     fill_bags(order, 1, 1, 0, 1, np.zeros(1, np.int64), one, weight, edges, one.copy(), weight.copy())

@@ -95,7 +95,10 @@ def _common_types(files: Sequence[DataFile], types: Sequence[dict[str, pa.DataTy
 
 
 class RowGroupReader:
-    """Decodes row groups; keeps the files that it read last open. For one thread."""
+    """Decodes row groups; keeps the files that it read last open. For one thread.
+
+    Where there are bags or strings, their kernels are compiled, or loaded from the cache, before anything is read.
+    """
 
     def __init__(self, files: Sequence[DataFile], schema: Schema) -> None:
         self.files = files
@@ -103,6 +106,8 @@ class RowGroupReader:
         self.types = _common_types(files, [storage(file, schema) for file in files])
         self._hashed = [name for name, found in self.types.items() if found == HASHED]
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        if self._hashed or any(is_list(found) for found in self.types.values()):
+            bag_kernels.warm_up()
 
     def row_groups(self) -> list[RowGroup]:
         """All row groups, with the bytes that they take when decoded."""

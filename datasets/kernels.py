@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 INT8, INT32, INT64, FLOAT32, FLOAT64 = range(5)
 LOG1P_TABLE = np.log1p(np.arange(4096, dtype=np.float64)).astype(np.float32)
 LOG1P, AFFINE = range(2)
+TOO_WIDE = -2
 _BLOCK = 512  # rows staged at a time, so that rows of dense values stay in the first-level cache
 
 
@@ -58,45 +59,85 @@ def shuffle(items: Array, key: np.uint64) -> None:
 
 
 @jit
-def _is_valid(bitmap: np.uint64, bit: np.uint64) -> Any:
-    """Bit `bit` of the Arrow validity bitmap at an address; address 0 means that nothing is null."""
-    return bitmap == 0 or _bit(bitmap, bit)
+def _unpack(bitmap: np.uint64, bit: np.uint64, out: Array) -> None:
+    """out bool [N] = the bits from `bit` on of the Arrow validity bitmap at an address; address 0: nothing is null."""
+    size, i = len(out), 0
+    if bitmap == 0:
+        out[:] = True
+        i = size
+    while i + 64 <= size:  # so that 8 bytes may be read; after the shift at least 32 bits of them are wanted
+        at = bit + np.uint64(i)
+        word = _load(bitmap + (at >> np.uint64(3)), np.uint64(0), numba.uint64) >> (at & np.uint64(7))
+        for j in range(32):
+            out[i + j] = (word >> np.uint64(j)) & np.uint64(1)
+        i += 32
+    while i < size:
+        at = bit + np.uint64(i)
+        byte = np.uint32(_load(bitmap, at >> np.uint64(3), numba.uint8))
+        out[i] = (byte >> np.uint32(at & np.uint64(7))) & np.uint32(1)
+        i += 1
 
 
 @jit
-def _bit(bitmap: np.uint64, bit: np.uint64) -> Any:
-    byte = np.uint32(_load(bitmap, bit >> np.uint64(3), numba.uint8))
-    return (byte >> np.uint32(bit & np.uint64(7))) & np.uint32(1) != np.uint32(0)
+def _whole(kind: int, address: np.uint64, place: np.uint64) -> Any:
+    """One value of a column of integers as int64."""
+    if kind == INT32:
+        return np.int64(_load(address, place, numba.int32))
+    return _load(address, place, numba.int64)
+
+
+@jit
+def _number(kind: int, address: np.uint64, place: np.uint64) -> Any:
+    """One value of a column as float64."""
+    if kind == FLOAT32:
+        return np.float64(_load(address, place, numba.float32))
+    if kind == FLOAT64:
+        return _load(address, place, numba.float64)
+    return np.float64(_whole(kind, address, place))
 
 
 @jit
 def stage_ids(kind: int, rows: Array, data: Array, valid: Array, bit: Array, missing: int, out: Array) -> int:
-    """out int64 [N] = one column of chunks of `rows` int64 [C], nulls as `missing`.
+    """out int64 or int32 [N] = one column of chunks of `rows` int64 [C], nulls as `missing`.
 
     kind: INT32 or INT64; data uint64 [C]: addresses of the values; valid uint64 [C]: of the bitmaps, 0 where nothing is
-    null; bit uint64 [C]: offsets into them. Returns -1, or the first row whose id is negative and not `missing`.
+    null; bit uint64 [C]: offsets into them. Returns -1, the first row whose id is negative and not `missing`, or
+    TOO_WIDE when `out` cannot hold them all.
     """
-    at = 0
+    at, present = 0, np.empty(_BLOCK, np.bool_)
     for chunk in range(len(rows)):
-        part = out[at : at + rows[chunk]]
-        address, bitmap, shift, lowest = data[chunk], valid[chunk], bit[chunk], np.int64(0)
-        if kind == INT32:
-            for i in range(len(part)):
-                part[i] = _load(address, np.uint64(i), numba.int32)
-        else:
-            for i in range(len(part)):
-                part[i] = _load(address, np.uint64(i), numba.int64)
-        if bitmap != 0:
-            for i in range(len(part)):
-                part[i] = part[i] if _bit(bitmap, shift + np.uint64(i)) else missing
-        for i in range(len(part)):
-            lowest = min(lowest, part[i])
-        if lowest < 0:
-            for i in range(len(part)):
-                if part[i] < 0 and part[i] != missing:
-                    return at + i
+        address = data[chunk]
+        for begin in range(0, rows[chunk], _BLOCK):
+            first, size = np.uint64(begin), min(_BLOCK, rows[chunk] - begin)
+            part, own = out[at + begin : at + begin + size], present[:size]
+            _unpack(valid[chunk], bit[chunk] + first, own)
+            lowest, lost = np.int64(0), np.int64(0)
+            for i in range(size):
+                value = _whole(kind, address, first + np.uint64(i))  # always read: a branch would be mispredicted
+                value = value if own[i] else missing
+                part[i] = value
+                lost |= value ^ np.int64(part[i])
+                lowest = min(lowest, 0 if value == missing else value)
+            if lost != 0:
+                return TOO_WIDE
+            if lowest < 0:
+                for i in range(size):
+                    if part[i] < 0 and part[i] != missing:
+                        return at + begin + i
         at += rows[chunk]
     return -1
+
+
+@jit
+def _take(order: Array, first: int, share: int, f: int, features: int, staged: Array, out: Array) -> None:
+    """Feature f's ids in the order and the batches of `gather_ids`."""
+    begin, end = 0, min(first, len(order))
+    while begin < len(order):
+        at = features * begin + f * (end - begin)
+        part, taken = out[at : at + end - begin], order[begin:end]
+        for i in range(len(taken)):
+            part[i] = staged[np.uint64(taken[i])]
+        begin, end = end, min(end + share, len(order))
 
 
 @jit
@@ -116,20 +157,19 @@ def gather_ids(
 
     Batches end after `first` rows and then every `share` rows; batch by batch, out int64 [F * N] holds [F, rows of the
     batch]. kinds int64 [F]; data, valid, bit uint64 [F, C] as in `stage_ids`. Returns -1, or row * F + feature of a
-    negative id.
+    negative id. Ids that fit 32 bits are staged in as many: half as much of the cache.
     """
-    features, staged = len(kinds), np.empty(rows.sum(), np.int64)
+    features = len(kinds)
+    narrow, wide = np.empty(rows.sum(), np.int32), np.empty(rows.sum(), np.int64)
     for f in range(features):
-        bad = stage_ids(kinds[f], rows, data[f], valid[f], bit[f], missing, staged)
+        bad = stage_ids(kinds[f], rows, data[f], valid[f], bit[f], missing, narrow)
+        if bad == TOO_WIDE:
+            bad = stage_ids(kinds[f], rows, data[f], valid[f], bit[f], missing, wide)
+            _take(order, first, share, f, features, wide, out)
+        else:
+            _take(order, first, share, f, features, narrow, out)
         if bad >= 0:
             return bad * features + f
-        begin, end = 0, min(first, len(order))
-        while begin < len(order):
-            at = features * begin + f * (end - begin)
-            part, taken = out[at : at + end - begin], order[begin:end]
-            for i in range(len(taken)):
-                part[i] = staged[np.uint64(taken[i])]
-            begin, end = end, min(end + share, len(order))
     return -1
 
 
@@ -139,13 +179,13 @@ def gather_labels(order: Array, rows: Array, data: Array, valid: Array, bit: Arr
 
     Returns -1, or the first row whose label is not 0 or 1.
     """
-    at, staged = 0, np.empty(rows.sum(), np.int8)
+    at, staged, present = 0, np.empty(rows.sum(), np.int8), np.empty(rows.max(), np.bool_)
     for chunk in range(len(rows)):
+        _unpack(valid[chunk], bit[chunk], present[: rows[chunk]])
         for i in range(rows[chunk]):
-            label = _load(data[chunk], np.uint64(i), numba.int8)
-            if (label != 0 and label != 1) or not _is_valid(valid[chunk], bit[chunk] + np.uint64(i)):
+            staged[at + i] = label = _load(data[chunk], np.uint64(i), numba.int8)
+            if (label != 0 and label != 1) or not present[i]:
                 return at + i
-            staged[at + i] = label
         at += rows[chunk]
     for i in range(len(order)):
         out[i] = staged[np.uint64(order[i])]
@@ -163,42 +203,38 @@ def _log1p(value: np.float64, table: Array) -> Any:
 
 
 @jit
-def _stage_numbers(
-    kind: int, begin: int, address: np.uint64, bitmap: np.uint64, shift: np.uint64, null: float, out: Array
-) -> int:
-    """out float64 [B] = values begin, begin + 1, ... of one chunk, nulls as `null`. -1, or the first not finite."""
-    first = np.uint64(begin)
-    if kind == INT32:
-        for i in range(len(out)):
-            out[i] = _load(address, first + np.uint64(i), numba.int32)
-    elif kind == INT64:
-        for i in range(len(out)):
-            out[i] = _load(address, first + np.uint64(i), numba.int64)
-    elif kind == FLOAT32:
-        for i in range(len(out)):
-            out[i] = _load(address, first + np.uint64(i), numba.float32)
-    else:
-        for i in range(len(out)):
-            out[i] = _load(address, first + np.uint64(i), numba.float64)
-    if bitmap != 0:
-        for i in range(len(out)):
-            out[i] = out[i] if _bit(bitmap, shift + first + np.uint64(i)) else null
-    if kind >= FLOAT32:
-        for i in range(len(out)):
-            if not np.isfinite(out[i]):
-                return i
-    return -1
+def _log1p_whole(value: np.int64, table: Array) -> Any:
+    clipped = max(value, 0)
+    return table[np.uint64(clipped)] if clipped < len(table) else np.float32(np.log1p(np.float64(clipped)))
 
 
 @jit
-def _transform(numbers: Array, transform: int, table: Array, mean: float, scale: float, out: Array) -> None:
-    """out [B] (strided) float32 of numbers float64 [B]."""
-    if transform == LOG1P:
+def _stage_numbers(
+    kind: int,
+    address: np.uint64,
+    first: np.uint64,
+    present: Array,
+    transform: int,
+    table: Array,
+    mean: float,
+    scale: float,
+    out: Array,
+) -> int:
+    """out (strided) float32 [B] = values first, first + 1, ... of one chunk, transformed. -1, or the first not finite.
+
+    present bool [B]: false where a value is null.
+    """
+    if transform == LOG1P and (kind == INT32 or kind == INT64):  # noqa: SIM109 - numba
         for i in range(len(out)):
-            out[i] = _log1p(numbers[i], table)
+            value = _whole(kind, address, first + np.uint64(i))
+            out[i] = _log1p_whole(value if present[i] else 0, table)
     else:
         for i in range(len(out)):
-            out[i] = (numbers[i] - mean) * scale
+            number = _number(kind, address, first + np.uint64(i)) if present[i] else mean
+            if not np.isfinite(number):
+                return i
+            out[i] = _log1p(number, table) if transform == LOG1P else (number - mean) * scale
+    return -1
 
 
 @jit
@@ -222,16 +258,17 @@ def gather_dense(
     column of a value that is NaN or infinite.
     """
     width, at = len(kinds), 0
-    staged, numbers = np.empty((rows.sum(), width), np.float32), np.empty(_BLOCK)
+    staged, present = np.empty((rows.sum(), width), np.float32), np.empty(_BLOCK, np.bool_)
     for chunk in range(len(rows)):
         for begin in range(0, rows[chunk], _BLOCK):
-            end = min(begin + _BLOCK, rows[chunk])
-            block = numbers[: end - begin]
+            first, size = np.uint64(begin), min(_BLOCK, rows[chunk] - begin)
+            block, own = staged[at + begin : at + begin + size], present[:size]
             for k in range(width):
-                bad = _stage_numbers(kinds[k], begin, data[k, chunk], valid[k, chunk], bit[k, chunk], mean[k], block)
+                _unpack(valid[k, chunk], bit[k, chunk] + first, own)
+                address, column = data[k, chunk], block[:, k]
+                bad = _stage_numbers(kinds[k], address, first, own, transform, table, mean[k], scale[k], column)
                 if bad >= 0:
                     return (at + begin + bad) * width + k
-                _transform(block, transform, table, mean[k], scale[k], staged[at + begin : at + end, k])
         at += rows[chunk]
     for i in range(len(order)):
         row = np.uint64(order[i])

@@ -105,18 +105,15 @@ class PlantedModel:
 
     def _id_logits(self, features: Sequence[tuple[np.ndarray, np.ndarray]], rows: int) -> np.ndarray:
         """What ids and pairs of ids add to the logits, float64 [rows]."""
-
-        def effects(f: int, stream: int) -> np.ndarray:
-            out = np.empty(rows)
-            kernels.sum_effects(*features[f], stream, self.key, out)
-            return out * self._scales[f]
-
         per_id, per_pair = _ID_SIGNAL / math.sqrt(len(features)), _PAIR_SIGNAL / math.sqrt(max(1, len(features) // 2))
-        logits = np.zeros(rows)
-        for f in range(len(features)):
-            logits += per_id * effects(f, f)
+        scales, logits = self._scales, np.zeros(rows)
+        for f, bags in enumerate(features):
+            kernels.add_effects(*bags, f, self.key, per_id * scales[f], logits)
         for f in range(0, len(features) - 1, 2):
-            logits += per_pair * effects(f, f + _FIRST_OF_PAIR) * effects(f + 1, f + _SECOND_OF_PAIR)
+            one, other = np.zeros((2, rows))
+            kernels.add_effects(*features[f], f + _FIRST_OF_PAIR, self.key, per_pair * scales[f], one)
+            kernels.add_effects(*features[f + 1], f + _SECOND_OF_PAIR, self.key, scales[f + 1], other)
+            logits += one * other
         return logits
 
 

@@ -63,13 +63,14 @@ def draw_ids(
 
     columns: all columns of the log, so that each (row, column) draws its own numbers.
     """
-    scale = zipf_scale(cardinality, exponent)
+    scale, drawn = zipf_scale(cardinality, exponent), np.empty(len(ids))
     for b in range(len(offsets) - 1):
         own = key
         for i in range(offsets[b], offsets[b + 1]):
-            u = _unit(np.uint64((first + b) * columns + column), own)
-            ids[i] = zipf_rank(u, cardinality, exponent, scale) * step % cardinality
+            drawn[i] = _unit(np.uint64((first + b) * columns + column), own)
             own = mix(own, np.uint64(1))
+    for i in range(len(ids)):
+        ids[i] = zipf_rank(drawn[i], cardinality, exponent, scale) * step % cardinality
 
 
 @jit
@@ -86,13 +87,13 @@ def draw_dense(first: int, columns: int, key: np.uint64, missing: Array, dense: 
 
 
 @jit
-def sum_effects(offsets: Array, ids: Array, stream: int, key: np.uint64, out: Array) -> None:
-    """out float64 [B] = the sum of the effects of each bag's ids, bags as in `draw_ids`."""
+def add_effects(offsets: Array, ids: Array, stream: int, key: np.uint64, weight: float, out: Array) -> None:
+    """Adds weight times the sum of the effects of each bag's ids to out float64 [B], bags as in `draw_ids`."""
     for b in range(len(out)):
         total = 0.0
         for i in range(offsets[b], offsets[b + 1]):
             total += _effect(ids[i], stream, key)
-        out[b] = total
+        out[b] += weight * total
 
 
 @jit

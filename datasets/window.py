@@ -229,23 +229,21 @@ def _kinds(columns: Sequence[Sequence[pa.Array]]) -> np.ndarray:
     return np.array([_KINDS[column[0].type] for column in columns], np.int64)
 
 
-def _addresses(column: Sequence[pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, validity bitmaps (0: no nulls) and offsets into these, uint64 [chunks], of Arrow arrays."""
-    data, valid, bit = np.zeros((3, len(column)), np.uint64)
-    for c, array in enumerate(column):
-        bitmap, values = array.buffers()
-        data[c] = (values.address if values is not None else 0) + array.offset * (array.type.bit_width // 8)
-        if array.null_count:
-            valid[c], bit[c] = bitmap.address, array.offset
-    return data, valid, bit
+def _addresses(column: Sequence[pa.Array]) -> np.ndarray:
+    """Values, validity bitmaps (0: no nulls) and offsets into these, uint64 [3, chunks], of Arrow arrays."""
+    return np.array([_address(array) for array in column], np.uint64).T.copy()
 
 
 def _stacked(columns: Sequence[Sequence[pa.Array]], chunks: int) -> np.ndarray:
     """`_addresses` of each column: uint64 [3, columns, chunks]."""
-    stacked = np.zeros((3, len(columns), chunks), np.uint64)
-    for k, column in enumerate(columns):
-        stacked[:, k] = _addresses(column)
-    return stacked
+    found = [_address(array) for column in columns for array in column]
+    return np.array(found, np.uint64).reshape(len(columns), chunks, 3).transpose(2, 0, 1).copy()
+
+
+def _address(array: pa.Array) -> tuple[int, int, int]:
+    bitmap, values = array.buffers()
+    begin = (values.address if values is not None else 0) + array.offset * (array.type.bit_width // 8)
+    return (begin, bitmap.address, array.offset) if array.null_count else (begin, 0, 0)
 
 
 def _allocate(size: int, dtype: type[np.generic]) -> np.ndarray:

@@ -99,14 +99,15 @@ def test_an_existing_run_needs_resume(run, tmp_path: Path) -> None:  # type: ign
     assert "already a run; add --resume" in result.error
 
 
-def test_generate_then_inspect(run) -> None:  # type: ignore[no-untyped-def]
-    made = run("generate", "log", "--rows", "3000", "--cardinalities", "50,9", "--json")
+@pytest.mark.parametrize("log", ["log", "memory://generated-log"])
+def test_generate_then_inspect(run, log: str) -> None:  # type: ignore[no-untyped-def]
+    made = run("generate", log, "--rows", "3000", "--cardinalities", "50,9", "--json")
     assert made.code == 0
     assert made.json["rows"] == 3000
-    seen = run("inspect", "log", "--verify", "--json")
+    seen = run("inspect", log, "--verify", "--json")
     assert (seen.code, seen.json["kind"], seen.json["rows"]) == (0, "dataset", 3000)
     assert seen.json["problems"] == []
-    again = run("generate", "log", "--rows", "3000")
+    again = run("generate", log, "--rows", "3000")
     assert again.code == 2 and "log" in again.error
 
 

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from embershard.datasets import bag_kernels, kernels
+from embershard.datasets.files import load_schema
+from embershard.datasets.jit import jit
+from embershard.datasets.schema import DataConfig
 from embershard.datasets.sketch import IdSketch
+from embershard.datasets.stream import ParquetStream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
 import datasets_reference as reference
@@ -220,13 +225,24 @@ def test_merged_sketches_are_the_sketch_of_all_and_survive_bytes():
     assert np.array_equal(left.registers, whole.registers)
 
 
-def test_warm_up_leaves_nothing_to_compile(tmp_path):
-    from embershard.datasets.stream import ParquetStream
-    from embershard.datasets.synthetic import generate
-
-    generate(str(tmp_path / "log"), rows=100, cardinalities=(10, 20), dense=2)
+def test_nothing_is_compiled_while_batches_are_read(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"y": [0, 1] * 50, "x": range(100), "a": range(100), "b": ["c"] * 100}), tmp_path / "p")
+    pq.write_table(pa.table({"y": [0, 1], "b": [["c"], ["d", "e"]], "w": [[1.0], [1.0, 0.5]]}), tmp_path / "q")
+    used = []
+    for module, names in (
+        (kernels, ("gather_labels", "gather_dense", "gather_ids", "stage_ids")),
+        (bag_kernels, ("hash_strings", "stage_weights", "bag_sizes", "fill_bags")),
+    ):
+        for name in names:  # as in a process that has called none of them
+            used.append(jit(getattr(module, name).py_func))
+            monkeypatch.setattr(module, name, used[-1])
     kernels.warm_up()
-    used = [kernels.shuffle, kernels.gather_labels, kernels.gather_dense, kernels.gather_ids]
-    compiled = [len(kernel.signatures) for kernel in used]
-    list(ParquetStream(str(tmp_path / "log"), batch_size=30).batches(0))
-    assert [len(kernel.signatures) for kernel in used] == compiled
+    plain = DataConfig(label="y", dense=["x"], categorical=["a", "b"])
+    bags = DataConfig(label="y", dense=[], bags=["b"], bag_weights={"b": "w"})
+    for name, config in (("p", plain), ("q", bags)):
+        path = str(tmp_path / name)
+        stream = ParquetStream(path, batch_size=30, schema=load_schema(path, config))
+        compiled = [len(kernel.signatures) for kernel in used]
+        assert all(compiled)
+        list(stream.batches(0))
+        assert [len(kernel.signatures) for kernel in used] == compiled
