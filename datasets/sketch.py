@@ -29,12 +29,12 @@ class IdSketch:
         self.registers = np.zeros((len(self.columns), 1 << PRECISION), np.uint8)
         self._keys = np.zeros((len(self.columns), _SLOTS), np.int64)
         self._counts = np.zeros((len(self.columns), _SLOTS), np.int64)
-        self._state = np.zeros((len(self.columns), 2), np.int64)
+        self._used = np.zeros((len(self.columns), 1), np.int64)
         self._merged: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
 
     def add(self, column: int, ids: np.ndarray) -> None:
         """Counts ids int64 [N] of the column of that number."""
-        count_ids(ids, PRECISION, self.registers[column], self._keys[column], self._counts[column], self._state[column])
+        count_ids(ids, PRECISION, self.registers[column], self._keys[column], self._counts[column], self._used[column])
 
     def merge(self, other: IdSketch) -> None:
         """Counts what `other` counted, for the columns that both have."""

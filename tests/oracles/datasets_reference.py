@@ -27,6 +27,20 @@ def shuffled(items: list[int], key: int) -> list[int]:
     return items
 
 
+def sketch(ids: list[int], precision: int, slots: int) -> tuple[list[int], dict[int, int]]:
+    """HyperLogLog's registers, and the counts that are left of the frequent ids."""
+    registers, counts = [0] * 2**precision, {}
+    for identity in ids:
+        hashed = mix(identity, 0x5851F42D4C957F2D)
+        register, rest = divmod(hashed, 2 ** (64 - precision))
+        registers[register] = max(registers[register], 64 - precision - rest.bit_length() + 1)
+        counts[identity] = counts.get(identity, 0) + 1
+        if 4 * len(counts) > 3 * slots:
+            taken = sorted(counts.values())[len(counts) // 2]
+            counts = {known: count - taken for known, count in counts.items() if count > taken}
+    return registers, counts
+
+
 def log1p(value: float | None) -> np.float32:
     return np.float32(0 if value is None else math.log(max(value, 0) + 1))
 

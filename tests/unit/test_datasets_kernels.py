@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embershard.datasets import bag_kernels, kernels
+from embershard.datasets import bag_kernels, kernels, sketch_kernels
 from embershard.datasets.files import load_schema
 from embershard.datasets.jit import jit
 from embershard.datasets.schema import DataConfig
@@ -44,17 +44,17 @@ def _addresses(chunks: list[pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 def _chunks(kind: pa.DataType, low: int, high: int, null_share: float) -> list[pa.Array]:
     """Two chunks, the first a slice that begins in the middle of a bitmap byte, the second without nulls."""
-    values = RNG.integers(low, high, 100).astype(kind.to_pandas_dtype())
+    values = RNG.integers(low, high, 700).astype(kind.to_pandas_dtype())
     return [
-        pa.array(values, kind, mask=RNG.random(100) < null_share).slice(13, 60),
-        pa.array(values[::-1].copy(), kind),
+        pa.array(values, kind, mask=RNG.random(700) < null_share).slice(13, 600),
+        pa.array(values[99::-1].copy(), kind),
     ]
 
 
-ROWS = np.array([60, 100])
+ROWS = np.array([600, 100])
 
 
-def _order(rows: int = 160) -> np.ndarray:
+def _order(rows: int = 700) -> np.ndarray:
     order = np.arange(rows, dtype=np.int32)
     kernels.shuffle(order, np.uint64(1))
     return order
@@ -64,14 +64,17 @@ def _plain(chunks: list[pa.Array]) -> list:
     return [value.as_py() for chunk in chunks for value in chunk]
 
 
-@pytest.mark.parametrize(("kind", "code"), [(pa.int32(), kernels.INT32), (pa.int64(), kernels.INT64)])
-def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code):
-    columns = [_chunks(kind, 0, 2**30, 0.3) for _ in range(3)]
-    order, out = _order(), np.empty(3 * 160, np.int64)
+@pytest.mark.parametrize(
+    ("kind", "code", "high"),
+    [(pa.int32(), kernels.INT32, 2**31), (pa.int64(), kernels.INT64, 2**31), (pa.int64(), kernels.INT64, 2**40)],
+)
+def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code, high):
+    columns = [_chunks(kind, 0, high, 0.3) for _ in range(3)]
+    order, out = _order(), np.empty(3 * 700, np.int64)
     addresses = [np.concatenate(parts) for parts in zip(*map(_addresses, columns), strict=True)]
-    assert kernels.gather_ids(order, ROWS, 13, 64, np.full(3, code), *addresses, -7, out) == -1
+    assert kernels.gather_ids(order, ROWS, 13, 256, np.full(3, code), *addresses, -7, out) == -1
     expected: list[int] = []
-    for begin, end in ((0, 13), (13, 77), (77, 141), (141, 160)):
+    for begin, end in ((0, 13), (13, 269), (269, 525), (525, 700)):
         for chunks in columns:
             values = [_plain(chunks)[row] for row in order[begin:end]]
             expected += [-7 if value is None else value for value in values]
@@ -79,11 +82,12 @@ def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code):
 
 
 def test_gather_ids_points_at_the_first_negative_id():
-    chunks = [pa.array([5, None, -7]), pa.array([3, -7, -2, -3])]
-    rows, out = np.array([3, 4]), np.empty(7, np.int64)
-    arguments = (_order(7), rows, 7, 7, np.array([kernels.INT64]), *_addresses(chunks))
-    assert kernels.gather_ids(*arguments, -7, out) == 5
-    assert kernels.gather_ids(*arguments, -1, out) == 2
+    for last in (-3, 2**40, -(2**40)):
+        chunks = [pa.array([5, None, -7]), pa.array([3, -7, -2, last])]
+        rows, out = np.array([3, 4]), np.empty(7, np.int64)
+        arguments = (_order(7), rows, 7, 7, np.array([kernels.INT64]), *_addresses(chunks))
+        assert kernels.gather_ids(*arguments, -7, out) == 5
+        assert kernels.gather_ids(*arguments, -1, out) == 2
 
 
 @pytest.mark.parametrize("transform", ["log1p", "none", "standardise"])
@@ -98,7 +102,7 @@ def test_gather_ids_points_at_the_first_negative_id():
 )
 def test_gather_dense_transforms_and_fills_nulls(kind, code, transform):
     chunks = _chunks(kind, -3, 10_000, 0.3)
-    order, out = _order(), np.empty((160, 1), np.float32)
+    order, out = _order(), np.empty((700, 1), np.float32)
     mean, scale = (4000.0, 0.25) if transform == "standardise" else (0.0, 1.0)
     way = kernels.LOG1P if transform == "log1p" else kernels.AFFINE
     arguments = (way, kernels.LOG1P_TABLE, np.array([mean]), np.array([scale]), out)
@@ -169,6 +173,14 @@ def _digests(texts: list[bytes]) -> list[int]:
     digests = [int(bag_kernels.xxhash64(at, size)) for at, size in zip(places, sizes, strict=False)]
     assert ids.tolist() == [digest % 2**63 for digest in digests]
     return digests
+
+
+def test_counts_of_ids_are_those_of_the_plain_twin():
+    ids = RNG.zipf(1.3, 5000) % 300
+    registers, keys, counts = np.zeros(64, np.uint8), np.zeros(16, np.int64), np.zeros(16, np.int64)
+    sketch_kernels.count_ids(ids, 6, registers, keys, counts, np.zeros(1, np.int64))
+    left = {identity: count for identity, count in zip(keys.tolist(), counts.tolist(), strict=True) if count}
+    assert (registers.tolist(), left) == reference.sketch(ids.tolist(), 6, 16)
 
 
 @pytest.mark.parametrize("distinct", [0, 1, 3, 1000, 20_000, 300_000])
