@@ -111,7 +111,7 @@ def stage_ids(kind: int, rows: Array, data: Array, valid: Array, bit: Array, mis
             first, size = np.uint64(begin), min(_BLOCK, rows[chunk] - begin)
             part, own = out[at + begin : at + begin + size], present[:size]
             _unpack(valid[chunk], bit[chunk] + first, own)
-            lowest, lost = np.int64(0), np.int64(0)
+            lowest, lost = 0, np.int64(0)
             for i in range(size):
                 value = _whole(kind, address, first + np.uint64(i))  # always read: a branch would be mispredicted
                 value = value if own[i] else missing
@@ -193,7 +193,7 @@ def gather_labels(order: Array, rows: Array, data: Array, valid: Array, bit: Arr
 
 
 @jit
-def _log1p(value: np.float64, table: Array) -> Any:
+def _log1p(value: Any, table: Array) -> Any:
     clipped = max(value, 0.0)
     if clipped < len(table):
         whole = np.uint32(np.int32(clipped))
@@ -203,7 +203,7 @@ def _log1p(value: np.float64, table: Array) -> Any:
 
 
 @jit
-def _log1p_whole(value: np.int64, table: Array) -> Any:
+def _log1p_whole(value: Any, table: Array) -> Any:
     clipped = max(value, 0)
     return table[np.uint64(clipped)] if clipped < len(table) else np.float32(np.log1p(np.float64(clipped)))
 

@@ -28,8 +28,8 @@ class ParquetStream:
     epoch, files, window_bytes) alone; all ranks take the same number of steps. Decoding and shuffling happen on another
     thread, outside the GIL; a batch's arrays are views of its window. For one consuming thread; one epoch at a time.
 
-    window_bytes: decoded bytes shuffled together, at most; read_ahead_bytes: decoded bytes held, at most, except that
-    the window being read is always held; missing_id: the id of a null.
+    window_bytes: decoded bytes shuffled together, at most, but at least one row group; read_ahead_bytes: decoded bytes
+    held, at most, except that the window being read is always held; missing_id: the id of a null.
 
     Raises:
         DataError: missing, unreadable or unsuitable files.

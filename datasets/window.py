@@ -229,9 +229,10 @@ def _kinds(columns: Sequence[Sequence[pa.Array]]) -> np.ndarray:
     return np.array([_KINDS[column[0].type] for column in columns], np.int64)
 
 
-def _addresses(column: Sequence[pa.Array]) -> np.ndarray:
-    """Values, validity bitmaps (0: no nulls) and offsets into these, uint64 [3, chunks], of Arrow arrays."""
-    return np.array([_address(array) for array in column], np.uint64).T.copy()
+def _addresses(column: Sequence[pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, validity bitmaps (0: no nulls) and offsets into these, uint64 [chunks], of Arrow arrays."""
+    data, valid, bit = np.array([_address(array) for array in column], np.uint64).T.copy()
+    return data, valid, bit
 
 
 def _stacked(columns: Sequence[Sequence[pa.Array]], chunks: int) -> np.ndarray:
