@@ -20,31 +20,44 @@ FOLLOW_SECONDS = 0.5
 
 def scale(
     run: Run,
-    shards: Annotated[int, typer.Option("--shards", min=1, help="How many shards the run is to have.")],
+    shards: Annotated[int | None, typer.Option("--shards", min=1, help="How many shards the run is to have.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="How many workers, in the range of cluster.workers.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Grow or shrink the shards of a run while it trains, from another terminal.
+    """Change the number of shards or workers of a run while it trains, from another terminal.
 
     \b
     Examples:
       embershard scale runs/20260101-120000-train --shards 5
       embershard scale runs/20260101-120000-train --shards 2 --json
+      embershard scale runs/20260101-120000-train --workers 4
 
-    Training goes on; every block has one owner at every moment. Given up half way (Ctrl-C here does not stop it), the
-    same command goes on with what is left.
+    Shards: training goes on; every block has one owner at every moment. Given up half way (Ctrl-C here does not stop
+    it), the same command goes on with what is left. Workers: the group begins again with as many, if there is room for
+    them, from a checkpoint that it writes at the next step boundary; no step is done again.
     """
     from .progress import ProgressReporter
 
+    if shards is None and workers is None:
+        raise ConfigError("scale: say how many: --shards N, --workers N, or both")
+    if workers is not None:
+        _check_workers(run, workers)
+    result: dict[str, Any] = {}
     with _coordinator(run) as coordinator, ProgressReporter() as progress:
-        result = _scale(coordinator, shards, progress)
-    _print(result)
+        if shards is not None:
+            result |= _scale(coordinator, shards, progress)
+            _print(result)
+        if workers is not None:
+            result |= _want_workers(coordinator, workers)
     if json:
         print_json(result)
 
 
 def status(run: Run, json: Json = False, debug: Debug = False) -> None:
-    """Show the shards of a run: what they hold, how far they are, what they have refused.
+    """Show the workers and shards of a run: what these hold, how far they are, what they have refused.
 
     \b
     Examples:
@@ -56,8 +69,10 @@ def status(run: Run, json: Json = False, debug: Debug = False) -> None:
     record = read_run(run)
     result: dict[str, Any] = {name: record.get(name) for name in ("status", "generation", "started", "ray_address")}
     result["run_dir"] = str(run)
-    result["shards"] = _statistics(run) if record.get("status") == "running" else []
+    result |= _asked(run) if record.get("status") == "running" else {"shards": []}
     print(f"{run}: {result['status']}, generation {result['generation']}, started {result['started']}")
+    if (workers := result.get("workers")) is not None:
+        print(f"workers: {workers}" + (f" ({result['wanted']} wanted)" if result["wanted"] else ""))
     for shard in result["shards"]:
         size = (shard["table_bytes"] + shard["state_bytes"]) / 1e6
         print(
@@ -109,12 +124,31 @@ def _scale(coordinator: Any, shards: int, progress: Any) -> dict[str, Any]:
     return result
 
 
-def _statistics(run: Path) -> list[dict[str, Any]]:
+def _check_workers(run: Path, workers: int) -> None:
+    from .config import load_run
+
+    cluster = load_run(run).cluster
+    if not cluster.least_workers <= workers <= cluster.most_workers:
+        known = [*cluster.workers] if isinstance(cluster.workers, tuple) else cluster.workers
+        raise ConfigError(
+            f"--workers: {run} was started with cluster.workers={known}, and {workers} is outside of that; "
+            f"stop it and go on with: embershard train {run} --resume cluster.workers=[LEAST,MOST]"
+        )
+
+
+def _want_workers(coordinator: Any, workers: int) -> dict[str, Any]:
+    from .calls import ask
+
+    result: dict[str, Any] = ask(coordinator, "want_workers", workers)
+    print(f"{workers} workers wanted, {result['workers']} now: the run changes as soon as there is room for them")
+    return result
+
+
+def _asked(run: Path) -> dict[str, Any]:
     with _coordinator(run) as coordinator:
         from .calls import ask
 
-        shards: list[dict[str, Any]] = ask(coordinator, "statistics")
-    return shards
+        return {**ask(coordinator, "workers"), "shards": ask(coordinator, "statistics")}
 
 
 def _print(result: Mapping[str, Any]) -> None:

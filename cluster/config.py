@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..datasets.schema import DataConfig
 from ..parameter_server.store import StoreConfig
@@ -19,6 +19,8 @@ from ..workers.job import CheckpointConfig, TrainConfig, TrainingJob
 from ..workers.models.build import ModelConfig
 from ..workers.optimizers import OptimizerConfig
 from .settings import resolve
+
+MAX_WORKERS = 4096
 
 
 class RunSection(BaseModel):
@@ -37,11 +39,14 @@ class ClusterConfig(BaseModel):
         None, description="Ray cluster to join (auto or host:port); None: a local one for this run"
     )
     shards: int = Field(default=2, ge=1, le=4096, description="parameter-server shards")
-    workers: int = Field(default=1, ge=1, le=4096, description="data-parallel workers")
+    workers: int | tuple[int, int] = Field(
+        default=1,
+        description="data-parallel workers; [least, most]: as many as there is room for, also while the run goes on",
+    )
     shard_cpus: float = Field(default=0.25, ge=0, description="CPUs to ask Ray for, per shard")
     worker_cpus: float = Field(default=0.5, ge=0, description="CPUs to ask Ray for, per worker")
     gpus: bool | Literal["auto"] = Field(
-        default="auto", description="one GPU per worker; auto: if the cluster has as many"
+        default="auto", description="one GPU per worker; auto: if the cluster has as many (of a range, as its least)"
     )
     start_timeout: float = Field(default=120.0, gt=0, description="seconds to wait for the cluster to have room")
     driver_timeout: float = Field(
@@ -53,6 +58,22 @@ class ClusterConfig(BaseModel):
     max_restarts: int = Field(
         default=3, ge=0, description="times the workers of a start may go back to the last checkpoint by themselves"
     )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _check_workers(cls, value: Any) -> Any:
+        ends = list(value) if isinstance(value, (list, tuple)) else [value, value]
+        if len(ends) != 2 or any(type(end) is not int for end in ends) or not 1 <= ends[0] <= ends[1] <= MAX_WORKERS:
+            raise ValueError(f"expected a number from 1 to {MAX_WORKERS}, or two, [least, most]")
+        return (ends[0], ends[1]) if isinstance(value, (list, tuple)) else ends[0]
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class RunConfig(BaseModel):
@@ -69,6 +90,14 @@ class RunConfig(BaseModel):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     seed: int = Field(default=0, ge=0, lt=2**63, description="of initial values, order and hashes")
+
+    @model_validator(mode="after")
+    def _every_worker_has_rows(self) -> RunConfig:
+        most = self.cluster.most_workers
+        for name in ("batch_size", "eval_batch_size"):
+            if (rows := getattr(self.data, name)) < most:
+                raise ValueError(f"data.{name}: {rows} rows cannot be divided over {most} workers (cluster.workers)")
+        return self
 
     @classmethod
     def load(cls, path: str | Path | None = None, *assignments: str) -> RunConfig:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,14 +23,14 @@ from ..parameter_server.blocks import BlockMap
 from ..parameter_server.client import StoreClient
 from . import run_state
 from .errors import RunFailed, one_line
+from .generations import Assignment, Generations
 from .rescale import Rescale
-from .run_state import RunState, ShardPlan
+from .run_state import ShardPlan
 from .shard_actor import Pulse
 from .shard_group import NAME, ShardGroup, end_actor
 from .watchdog import Watchdog
 
 BEAT_SECONDS = 2.0
-MAX_RECORDS = 10_000  # reports kept for a driver that does not fetch them
 
 
 @dataclass
@@ -45,20 +44,12 @@ class News:
     problem: str | None = None
     generation: int = 0
     restarts: int = 0
+    resizes: int = 0
     steps_redone: int = 0
     addresses: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What a worker group needs to begin. reached: see `workers.trainer.train`."""
-
-    generation: int
-    addresses: tuple[str, ...]
-    reached: int | None
-
-
-class Coordinator:
+class Coordinator(Generations):
     """Calls come on several threads (max_concurrency); `start` and `join` take as long as shards need to come up.
 
     token: of the shards' ports. An argument of the actor, so that it reaches shards and workers through Ray's own
@@ -66,19 +57,17 @@ class Coordinator:
     """
 
     def __init__(self, namespace: str, driver_timeout: float, token: SecretStr) -> None:
+        super().__init__(run_state.load(namespace))
         self._namespace = namespace
         self._driver_timeout = driver_timeout
         self._token = token
-        self._lock = threading.Lock()  # of the records and the counts of the state
         self._changing = threading.RLock()  # held by whoever replaces shards or changes the block map
-        self._records: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
         self._problem: str | None = None
         self._ended = threading.Event()
         self._scaling = threading.Lock()
         self._rescale: Rescale | None = None
         self._repairing = False
         self._group: ShardGroup | None = None
-        self._state = run_state.load(namespace)
         self._watchdog = Watchdog(driver_timeout, self._driver_is_gone, name="driver-watchdog")
         if self._state is not None:
             self._state.block_map = _without_idle(self._state.block_map)  # before anybody asks for it
@@ -104,8 +93,8 @@ class Coordinator:
                 threading.Thread(target=self._watch, name="shard-watch", daemon=True).start()
             return self._state.block_map.addresses
 
-    def join(self) -> Assignment:
-        """A worker group begins, and every older one is over: rank 0 calls this once, when its processes are there.
+    def join(self, workers: int) -> Assignment:
+        """A group of `workers` begins, and every older one is over: rank 0 calls this when its processes are there.
 
         Raises:
             RunFailed: shards are still missing after `start_timeout` seconds.
@@ -116,13 +105,7 @@ class Coordinator:
         try:
             assert self._group is not None
             self._saw(self._group.pulses())
-            with self._lock:
-                again = state.joined
-                state.generation += again
-                state.restarts += again
-                state.joined = True
-                state.save()
-                return Assignment(state.generation, state.block_map.addresses, state.reached if again else None)
+            return self._next_generation(workers)
         finally:
             self._changing.release()
 
@@ -198,30 +181,8 @@ class Coordinator:
             self._records.clear()
             if (state := self._state) is None:
                 return News(records, self._problem)
-            counts = (state.generation, state.restarts, state.steps_redone)
+            counts = (state.generation, state.restarts, state.resizes, state.steps_redone)
             return News(records, self._problem, *counts, state.block_map.addresses)
-
-    def report(self, record: Mapping[str, Any]) -> None:
-        """A record of a worker, for the driver; one of an older generation is dropped."""
-        with self._lock:
-            state = self._state
-            if state is not None and record.get("generation", state.generation) == state.generation:
-                self._records.append(dict(record))
-                if "steps_redone" in record:
-                    state.steps_redone += record["steps_redone"]
-                    state.reached = 0
-                    state.save()
-                state.reached = max(state.reached, record.get("step", 0))
-
-    def request_stop(self) -> None:
-        """Asks the workers to stop at the next step boundary."""
-        with self._lock:
-            state = self._running()
-            state.stop = True
-            state.save()
-
-    def stop_requested(self) -> bool:
-        return self._state is not None and self._state.stop
 
     def end(self) -> None:
         """Ends the shards and gives back their place; the caller then ends this actor."""
@@ -234,22 +195,6 @@ class Coordinator:
     def _orphan_timeout(self, plan: ShardPlan) -> float:
         # Longer than the coordinator waits for the driver: only a coordinator that never came back is noticed there.
         return 2 * self._driver_timeout + plan.start_timeout
-
-    def _running(self) -> RunState:
-        if self._state is None:
-            raise RunFailed("the run has not begun, or has ended")
-        return self._state
-
-    def _note(self, text: str) -> None:
-        with self._lock:
-            self._records.append({"note": text})
-
-    def _saw(self, pulses: list[Any]) -> None:
-        """Keeps how far the present generation has come."""
-        with self._lock:
-            state = self._running()
-            steps = [pulse.step for pulse in pulses if pulse.generation == state.generation]
-            state.reached = max([state.reached, *steps])
 
     def _watch(self) -> None:
         group = self._group

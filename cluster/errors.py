@@ -30,6 +30,10 @@ class RunInterrupted(Exception):
     """The user stopped the run; the message says what is left of it and how to go on."""
 
 
+class Resized(Exception):
+    """A worker group came to rest, with a checkpoint, so that one with another number of workers takes its place."""
+
+
 # Errors of other rooms that speak of the user's input, by name: naming them by class would make `--help` import torch.
 _USER_ERRORS = {
     "ConfigError",

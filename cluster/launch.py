@@ -129,7 +129,7 @@ class _Session:
         )
         news = self.members.poll()
         self._take(news)
-        again = {"restarts": news.restarts, "steps_redone": news.steps_redone}
+        again = {"restarts": news.restarts, "resizes": news.resizes, "steps_redone": news.steps_redone}
         summary = {"run_dir": str(self.folder.path), "shards": len(news.addresses)} | summary | again
         if self.interrupt.asked and summary.get("stopped"):
             raise RunInterrupted(

@@ -56,7 +56,9 @@ class Member:
 class RunState:
     """generation: the one that runs, or ran last. reached: the highest step seen since steps were last redone.
 
-    broken: why the shards have to begin afresh, from when that is known until they have.
+    broken: why the shards have to begin afresh, from when that is known until they have. workers: of that generation.
+    wanted: how many the user asked for while it runs. resting: it is asked to make place for another number of them;
+    rested: the generation that has done so.
     """
 
     plan: ShardPlan
@@ -69,6 +71,11 @@ class RunState:
     steps_redone: int = 0
     stop: bool = False
     broken: str | None = None
+    workers: int = 0
+    wanted: int | None = None
+    resting: bool = False
+    rested: int | None = None
+    resizes: int = 0
 
     def save(self) -> None:
         """Raises RuntimeError: the cluster's head does not answer."""

@@ -202,6 +202,8 @@ class ShardGroup:
             except (RayActorError, GetTimeoutError) as error:
                 cause = one_line(root_cause(error))
                 end_actor(actor)
+                if isinstance(error, GetTimeoutError):  # there is no room for it: its machine is gone
+                    break
                 continue
             self._enter(number, actor, where)
             return None if where.recovered else "its journal is not there"
@@ -231,11 +233,14 @@ class ShardGroup:
     def _start(self, numbers: Iterable[int]) -> None:
         plan = self._state.plan
         actors = {number: self._create(number, fresh=True) for number in numbers}
+        calls = {number: actor.whereabouts.remote() for number, actor in actors.items()}
         try:
-            found = ray.get([actor.whereabouts.remote() for actor in actors.values()], timeout=plan.start_timeout)
+            found = ray.get(list(calls.values()), timeout=plan.start_timeout)
         except GetTimeoutError:
+            late = ", ".join(str(number) for number, call in calls.items() if not ray.wait([call], timeout=0)[0])
             raise RunFailed(
-                f"cluster: not every shard started within {plan.start_timeout:g} s; raise cluster.start_timeout"
+                f"cluster: shard {late} did not start within {plan.start_timeout:g} s; a shard asks for {plan.cpus:g} "
+                f"CPUs, and the cluster has {_free('CPU')} CPUs free: make room, or raise cluster.start_timeout"
             ) from None
         for (number, actor), where in zip(actors.items(), found, strict=True):
             self._enter(number, actor, where)

@@ -14,7 +14,7 @@ from ray.train.v2.api.config import LoggingConfig
 
 from .config import ClusterConfig, RunConfig
 from .errors import RunFailed
-from .restarts import FixedWorkers, RestartPolicy, lacks_room
+from .restarts import ElasticWorkers, FixedWorkers, RestartPolicy, lacks_room
 from .run_folder import RunFolder
 from .worker_loop import run_worker
 
@@ -26,16 +26,26 @@ _UNUSED_CALLBACKS = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 class _WorkerTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
     """TorchTrainer with our policies, and without the helpers that a run has no use for.
 
-    A Ray that names those otherwise starts them; one that is built otherwise retries what is final, too.
+    A Ray that names those otherwise starts them; one that is built otherwise retries what is final, too. namespace: of
+    the coordinator.
     """
+
+    def __init__(self, *arguments: Any, namespace: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._namespace = namespace
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()
         return [callback for callback in callbacks if type(callback).__name__ not in _UNUSED_CALLBACKS]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        limit = self.run_config.failure_config.max_failures
-        ours = {"failure_policy": RestartPolicy(limit), "scaling_policy": FixedWorkers(self.scaling_config)}
+        scaling = self.scaling_config
+        ours = {
+            "failure_policy": RestartPolicy(self.run_config.failure_config.max_failures, scaling.min_workers),
+            "scaling_policy": ElasticWorkers(scaling, self._namespace)
+            if scaling.elasticity_enabled
+            else FixedWorkers(scaling),
+        }
         return super()._initialize_and_run_controller(**parts | ours)
 
 
@@ -51,6 +61,7 @@ def start_workers(config: RunConfig, folder: RunFolder, namespace: str) -> dict[
     per_worker = {"CPU": cluster.worker_cpus} | ({"GPU": 1.0} if _use_gpu(cluster) else {})
     trainer = _WorkerTrainer(
         run_worker,
+        namespace=namespace,
         train_loop_config={
             "job": config.job(),
             "namespace": namespace,
@@ -90,7 +101,7 @@ def thread_settings() -> dict[str, str]:
 
 def _use_gpu(cluster: ClusterConfig) -> bool:
     if cluster.gpus == "auto":
-        return bool(ray.cluster_resources().get("GPU", 0) >= cluster.workers)
+        return bool(ray.cluster_resources().get("GPU", 0) >= cluster.least_workers)
     return cluster.gpus
 
 
@@ -99,7 +110,7 @@ def _no_room(cluster: ClusterConfig, per_worker: dict[str, float]) -> str:
     wants = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
     has = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in per_worker)
     return (
-        f"cluster: {cluster.workers} workers ask for {wants} each, and the cluster has {has} free beside the shards; "
-        f"after {cluster.start_timeout:g} s they were still not there: lower cluster.workers or cluster.worker_cpus, "
-        f"or raise cluster.start_timeout"
+        f"cluster: {cluster.least_workers} workers ask for {wants} each, and the cluster has {has} free beside the "
+        f"shards; after {cluster.start_timeout:g} s they were still not there: lower cluster.workers or "
+        f"cluster.worker_cpus, or raise cluster.start_timeout"
     )

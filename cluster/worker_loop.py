@@ -24,7 +24,8 @@ from ..workers.job import TrainingJob
 from ..workers.replicated import ReplicatedStore, all_gather_bytes
 from ..workers.trainer import train
 from .calls import CONTROL_SECONDS, ask
-from .coordinator import Assignment
+from .errors import Resized
+from .generations import Assignment
 from .shard_group import NAME
 
 STOP_POLL_SECONDS = 0.5
@@ -43,7 +44,8 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
     _use_threads(job, context.get_local_world_size())
     group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     within = CONTROL_SECONDS + 2 * assignment["start_timeout"]
-    joined: Assignment = group.from_first(ask(coordinator, "join", within=within) if group.rank == 0 else None)
+    first = group.rank == 0
+    joined: Assignment = group.from_first(ask(coordinator, "join", group.workers, within=within) if first else None)
 
     def report(record: dict[str, Any]) -> None:
         # Fire and forget: training never waits for its own progress line.
@@ -55,7 +57,7 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
     token = ask(coordinator, "token")
     with _open_store(job, assignment, joined, coordinator, token, group.workers) as store:
         try:
-            return train(
+            summary = train(
                 job,
                 store,
                 rank=group.rank,
@@ -68,6 +70,9 @@ def run_worker(assignment: Mapping[str, Any]) -> dict[str, Any]:
                 stop_requested=stop.is_set,
                 wrap=ray.train.torch.prepare_model,
             )
+            if summary["stopped"] and group.from_first(first and ask(coordinator, "at_rest", joined.generation)):
+                raise Resized(f"{group.workers} workers made place at step {summary['steps']}")
+            return summary
         finally:
             stop.close()
 

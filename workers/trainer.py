@@ -162,8 +162,9 @@ class _Run:
                 self.report({"note": load_by_name(self.store, self.job.train.init_from)})
         if self.reached is not None:
             redone = max(0, self.reached - self.step)
-            self.report({"note": f"generation {self.generation}: {redone} steps after step {self.step} are done again"})
-            self.report({"step": self.step, "steps_redone": redone})
+            who = f"generation {self.generation}, workers: {self.group.workers}"
+            self.report({"note": f"{who}: {redone} steps after step {self.step} are done again"})
+            self.report({"step": self.step, "steps_redone": redone, "workers": self.group.workers})
 
     def _take_up(self, found: Found) -> None:
         fresh = load_dense(self.network, found.tensors, self.learner.optimizer)

@@ -2,10 +2,13 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from embershard.cluster import calls, cli_scale
 from embershard.cluster.cli import main
+from embershard.cluster.config import RunConfig
 from embershard.cluster.run_folder import RunFolder
 
 COMMANDS = ("train", "evaluate", "export", "compare", "convert", "generate", "inspect", "chaos", "doctor")
@@ -97,6 +100,26 @@ def test_an_existing_run_needs_resume(run, tmp_path: Path) -> None:  # type: ign
     result = run("train", "old")
     assert result.code == 2
     assert "already a run; add --resume" in result.error
+
+
+def test_workers_are_asked_for_in_the_range_of_the_run(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    assert "--workers N" in run("scale", "r").error
+    folder = RunFolder.open(tmp_path / "r", resume=False)
+    folder.save_config(RunConfig.load(None, "cluster.workers=[1,4]").to_yaml())
+    outside = run("scale", "r", "--workers", "5")
+    assert (outside.code, "cluster.workers=[1, 4], and 5 is outside" in outside.error) == (2, True)
+    asked: list[object] = []
+
+    def ask(coordinator: str, method: str, *arguments: object) -> dict[str, int]:
+        asked.extend([coordinator, method, *arguments])
+        return {"workers": 1, "wanted": 3}
+
+    monkeypatch.setattr(calls, "ask", ask)
+    monkeypatch.setattr(cli_scale, "_coordinator", lambda folder: nullcontext("coordinator"))
+    result = run("scale", "r", "--workers", "3", "--json")
+    assert asked == ["coordinator", "want_workers", 3]
+    assert result.json == {"workers": 1, "wanted": 3}
+    folder.close("finished")
 
 
 @pytest.mark.parametrize("log", ["log", "memory://generated-log"])

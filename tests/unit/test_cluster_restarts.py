@@ -23,7 +23,7 @@ from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.store import FencedError
 from embershard.workers.embeddings.gradients import GradientError
 from pydantic import SecretStr
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -80,34 +80,34 @@ def test_state_survives(store: dict[bytes, bytes]) -> None:
 
 
 def test_every_worker_group_gets_a_generation_of_its_own_and_hears_how_far_the_last_came(coordinator: Any) -> None:
-    assert (coordinator.join().generation, coordinator.poll().restarts) == (5, 0)
+    assert (coordinator.join(1).generation, coordinator.poll().restarts) == (5, 0)
     coordinator.report({"generation": 5, "step": 30})
     coordinator._group.step = 34
-    second = coordinator.join()
+    second = coordinator.join(1)
     assert (second.generation, second.reached, second.addresses) == (6, 34, ("x:1", "y:2"))
     # It dies before it has told what it does again: the next one is told the same.
-    assert (coordinator.join().generation, coordinator.join().reached) == (7, 34)
+    assert (coordinator.join(1).generation, coordinator.join(1).reached) == (7, 34)
     coordinator.report({"generation": 8, "step": 20, "steps_redone": 14})
     coordinator.report({"generation": 8, "step": 25})
-    assert coordinator.join().reached == 25
+    assert coordinator.join(1).reached == 25
     coordinator.report({"generation": 9, "step": 20, "steps_redone": 5})
     news = coordinator.poll()
     assert (news.generation, news.restarts, news.steps_redone) == (9, 4, 19)
 
 
 def test_a_record_of_an_older_generation_is_dropped(coordinator: Any) -> None:
-    coordinator.join()
-    coordinator.join()
+    coordinator.join(1)
+    coordinator.join(1)
     coordinator.report({"generation": 5, "step": 99})
     coordinator.report({"generation": 6, "step": 1})
     assert [record["step"] for record in coordinator.poll().records] == [1]
-    assert coordinator.join().reached == 1
+    assert coordinator.join(1).reached == 1
 
 
 def test_what_was_decided_outlives_the_coordinator(coordinator: Any) -> None:
-    coordinator.join()
+    coordinator.join(1)
     coordinator.request_stop()
-    coordinator.join()
+    coordinator.join(1)
     found = run_state.load("space")
     assert found is not None and (found.generation, found.restarts, found.stop) == (6, 1, True)
 
@@ -297,6 +297,27 @@ def test_a_shard_that_nobody_knows_gives_up_its_name(monkeypatch: pytest.MonkeyP
     assert ended == ["shard-1"]
 
 
+def test_a_shard_whose_machine_is_gone_waits_for_room_once_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait meanwhile; the second wait is for all shards, which begin afresh."""
+    waits: list[float] = []
+
+    def get(call: object, timeout: float) -> None:
+        waits.append(timeout)
+        raise GetTimeoutError("not yet")
+
+    monkeypatch.setattr(shard_group.ray, "get", get)
+    monkeypatch.setattr(shard_group.ray, "wait", lambda calls, timeout: (calls if calls == ["0"] else [], []))
+    monkeypatch.setattr(shard_group, "_free", lambda resource: "0.5 of 2")
+    monkeypatch.setattr(shard_group, "end_actor", lambda actor: None)
+    group = ShardGroup(make_state(), 1.0, SecretStr("t" * 16))
+    actors = [SimpleNamespace(whereabouts=SimpleNamespace(remote=lambda number=n: str(number))) for n in range(2)]
+    monkeypatch.setattr(group, "_create", lambda number, fresh: actors[number])
+    assert "not yet" in str(group.replace(1))
+    assert waits == [PLAN.start_timeout]
+    with pytest.raises(RunFailed, match=r"shard 1 did not start within 1 s; .* has 0.5 of 2 CPUs free: make room"):
+        group.replace_all()
+
+
 def test_how_a_shard_ended_in_few_words() -> None:
     """As Ray 2.60 words it."""
     told = "pid: 7\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR detail: ..."
@@ -309,7 +330,7 @@ def failed(*causes: Exception) -> WorkerGroupError:
 
 
 def test_failures_that_would_come_again_end_the_run() -> None:
-    policy = RestartPolicy(2)
+    policy = RestartPolicy(2, 2)
     for cause in (DataError("column c1 is missing"), GradientError("step 3: NaN")):
         assert is_final(cause)
         assert policy.make_decision(failed(ConnectionError("peer closed"), cause)) is FailureDecision.RAISE
@@ -318,7 +339,7 @@ def test_failures_that_would_come_again_end_the_run() -> None:
 
 
 def test_others_are_tried_again_as_often_as_asked_for() -> None:
-    policy = pickle.loads(pickle.dumps(RestartPolicy(2)))  # it goes to Ray Train's controller
+    policy = pickle.loads(pickle.dumps(RestartPolicy(2, 2)))  # it goes to Ray Train's controller
     assert policy.make_decision(failed(FencedError("generation 1 is over"))) is FailureDecision.RETRY
     died = ControllerError(WorkerGroupStartupFailedError("a worker died"))
     assert policy.make_decision(died) is FailureDecision.RETRY
