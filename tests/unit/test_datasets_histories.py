@@ -103,6 +103,7 @@ def test_nobody_left_is_an_error(tmp_path: Path) -> None:
         (("criteo", "--histories"), "--histories is for movielens and interactions without --negatives, not criteo"),
         (("interactions", "--histories", "--negatives", "2"), "without --negatives, not --negatives"),
         (("interactions", "--found-by", "2"), "--found-by is for --histories"),
+        (("interactions", "--deals", "2"), "--deals is for --histories"),
     ],
 )
 def test_wrong_options(
