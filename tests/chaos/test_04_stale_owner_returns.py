@@ -38,7 +38,7 @@ def stop_past_its_lease(group, point: str = "") -> None:
 
 def assert_it_refuses_everything(address: str) -> None:
     """Even to those who have heard of nobody else."""
-    with StoreClient.connect(address, timeout=1.0) as stale:
+    with StoreClient.connect(address, timeout=3.0) as stale:
         block = int(np.flatnonzero(stale.block_map.owners == OWNER)[0])
         slab = stale.layout.slabs[0]
         row = np.array([block * slab.rows_per_block], slab.index_dtype)
@@ -93,7 +93,7 @@ def test_all_went_back_to_the_last_checkpoint(shards) -> None:
     group.store.save(str(checkpoints / "step-1"), step=at).result()
     with group.pushing():  # acknowledged, and undone
         group.more_steps()
-    with group.connect(timeout=1.0) as old_worker:
+    with group.connect(timeout=5.0) as old_worker:
         straggler = group.pusher(old_worker)
         stop_past_its_lease(group)
         old = group.replace(OWNER, journal=False)
