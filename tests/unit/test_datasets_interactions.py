@@ -133,7 +133,7 @@ AVAZU += "a99f214a,ddd2926e,44956a24,1,2,15706,320,50,1722,0,35,-1,79"
 
 def test_the_page_of_results_draws_a_fifth_of_the_rows_apart(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "results-methods.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (code,) = re.findall(r"^```python data\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     rows = [f"{i},{i % 7},{i % 5 + 1}" for i in range(2000)]
     (tmp_path / "ml-1m").mkdir()
     with gzip.open(tmp_path / "ml-1m" / "ratings.csv.gz", "wt") as file:

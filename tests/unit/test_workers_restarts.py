@@ -79,5 +79,5 @@ def test_tables_and_samples_are_those_of_an_undisturbed_run(
     assert (summary["steps"], summary["samples"]) == (expected["steps"], expected["samples"]) == (STEPS, 2000)
     assert summary["train_loss"] is not None
     (record,) = [record for record in records if "steps_redone" in record]
-    assert record == {"step": FAILS_AT - redone, "steps_redone": redone}
+    assert record == {"step": FAILS_AT - redone, "steps_redone": redone, "workers": 1}
     assert any(f"{redone} steps after step {FAILS_AT - redone}" in record.get("note", "") for record in records)
