@@ -21,7 +21,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_blocks_run(page: Path, tmp_path: Path, ray_address: str) -> None:
-    """`bash run` and `python` blocks; `bash` and `python data` blocks need data or a machine that a test does not have."""
+    """`bash run` and `python` blocks; the others need data or a machine that a test does not have."""
     environment = os.environ | {
         "EMBERSHARD_CLUSTER__ADDRESS": ray_address,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
