@@ -187,8 +187,9 @@ class ShardedStore(Store):
             except Exception as error:
                 operation.fail(error)
 
-        # A shard gives up a little earlier than we do, so that it can still say whom it waited for.
-        self._send(shard, request, max(0.001, left * 0.95), on_answer)
+        # A shard gives up earlier than we do, so that it can still say whom it waited for, also on a busy machine.
+        spare = max(left / 20, min(1.0, left / 2))
+        self._send(shard, request, max(0.001, left - spare), on_answer)
 
     def _answered(
         self, operation: Operation, shard: int, shares: list[Share], answer: Answer, newer: BlockMap | None
