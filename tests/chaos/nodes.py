@@ -6,6 +6,7 @@ from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
+from train_run import processes
 
 NODE = {"include_dashboard": False, "object_store_memory": 100 << 20}
 
@@ -27,14 +28,7 @@ class Nodes:
 
     def processes(self, node: Any, name: str) -> list[psutil.Process]:
         """The processes of actors of the class `name` on a node."""
-        found = []
-        for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
-            try:
-                if process.cmdline() and process.cmdline()[0].startswith(f"ray::{name}"):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return processes(name, node.all_processes["raylet"][0].process.pid)
 
     def close(self) -> None:
         self._cluster.shutdown()

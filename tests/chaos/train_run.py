@@ -102,10 +102,10 @@ class Run:
         return max(b - max(a, killed) for a, b in itertools.pairwise(gaps))
 
 
-def processes(name: str) -> list[psutil.Process]:
-    """The processes of this Ray cluster's actors of the class `name`."""
+def processes(name: str, raylet: int | None = None) -> list[psutil.Process]:
+    """The processes of this Ray cluster's actors of the class `name`; of one node, where its raylet's pid is given."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(raylet).children(recursive=True):
         try:
             if process.cmdline() and process.cmdline()[0].startswith(f"ray::{name}"):
                 found.append(process)
