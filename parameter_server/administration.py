@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -47,6 +48,7 @@ class Administration:
         self._cuts: dict[int, Snapshot] = {}  # waiting to be written
         self._written: dict[int, Snapshot] = {}  # being written
         self._numbers = itertools.count(1)
+        self._loading = threading.Lock()
         self._methods: dict[str, Callable[..., Any]] = {
             "describe": self.describe,
             "set_block_map": self.set_block_map,
@@ -158,9 +160,10 @@ class Administration:
     def load(
         self, directory: str, tables: dict[str, str], epoch: int, generation: int | None = None
     ) -> dict[str, list[str]]:
-        self._fence(generation)
-        self._expect(epoch)
-        return restore.load_blocks(self.shard, directory, tables)
+        with self._loading:  # one that is asked for again because its connection broke ends after the first
+            self._fence(generation)
+            self._expect(epoch)
+            return restore.load_blocks(self.shard, directory, tables)
 
     def close_gate(self, after: int, lag: int, seconds: float) -> dict[str, int]:
         """Keeps calls back for at most so long; returns the last step that is pulled, and how far ahead of pushes."""

@@ -20,7 +20,7 @@ from .blocks import BlockMap
 from .checkpoint import CheckpointError
 from .protocol import shard_pb2 as pb
 from .protocol import shard_pb2_grpc
-from .protocol.frames import CHANNEL_OPTIONS, Assembler, FrameError, encode
+from .protocol.frames import CALLER_OPTIONS, Assembler, FrameError, encode
 from .protocol.messages import SERVICE, decode_reply, encode_request
 from .requests import INVALID, PullRequest, PushRequest, Refusal
 from .security import Security
@@ -30,7 +30,7 @@ from .tables import Layout, TableSpec
 
 # gRPC's own back-off grows to two minutes; a shard that restarts is to be found again at once.
 CLIENT_OPTIONS = [
-    *CHANNEL_OPTIONS,
+    *CALLER_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Despite its name, also how long one attempt to connect may take: on a starved machine much longer than usual.
     ("grpc.min_reconnect_backoff_ms", 5000),

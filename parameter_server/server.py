@@ -22,7 +22,15 @@ from pydantic import SecretStr
 from . import failpoints, transfer
 from .administration import Administration, Fetched
 from .protocol import shard_pb2 as pb
-from .protocol.frames import CHANNEL_OPTIONS, MAX_CALL_BYTES, MAX_OPEN_CALLS, Assembler, FrameError, encode
+from .protocol.frames import (
+    CALLER_OPTIONS,
+    CHANNEL_OPTIONS,
+    MAX_CALL_BYTES,
+    MAX_OPEN_CALLS,
+    Assembler,
+    FrameError,
+    encode,
+)
 from .protocol.messages import SERVICE, decode_request, encode_reply
 from .requests import INVALID, Completed, PullReply, PushRequest, Refusal, Reply
 from .security import Security
@@ -37,6 +45,8 @@ SERVER_OPTIONS = [
     ("grpc.max_concurrent_streams", 128),
     ("grpc.server_handshake_timeout_ms", 20_000),
     ("grpc.max_connection_idle_ms", 300_000),
+    # Callers ping every 10 s (frames.py); gRPC by itself ends connections that ping more often than every 5 minutes.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 
 
@@ -204,7 +214,7 @@ class ShardServer:
 
     def _fetch(self, blocks: Sequence[int], source: int, move: str, *, changes: bool, seal: bool) -> Iterator[Fetched]:
         address = self.shard.block_map.addresses[source]
-        with self._security.channel(address, CHANNEL_OPTIONS) as channel:
+        with self._security.channel(address, CALLER_OPTIONS) as channel:
             metadata = self._security.metadata
             yield from transfer.fetch(channel, address, blocks, move, metadata=metadata, changes=changes, seal=seal)
 

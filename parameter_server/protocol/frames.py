@@ -32,6 +32,17 @@ CHANNEL_OPTIONS = [
     ("grpc.experimental.tcp_min_read_chunk_size", FRAME_BYTES // 4),
     ("grpc.experimental.tcp_max_read_chunk_size", 2 * FRAME_BYTES),
 ]
+# A machine that vanishes closes no connection. Who waits for an answer pings, and takes the connection for broken if
+# nothing comes back: after 20 s at most, well before any deadline, and not because a process was stopped for a moment.
+CALLER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.keepalive_time_ms", 10_000),
+    # gRPC 1.85 waits for the answer to a ping as long as the second of these says, and 60 s without it; the first is
+    # for bytes that the other machine does not confirm.
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit: an answer takes as long as the slowest worker
+]
 
 _CALL, _HEADER, _TOTAL, _PADDING, _PAYLOAD = 0x08, 0x12, 0x18, 0x22, 0x2A
 

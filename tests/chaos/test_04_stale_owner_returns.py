@@ -83,6 +83,20 @@ def test_its_journal_was_repeated_elsewhere(shards, point: str) -> None:
     assert verdict.pushes_unknown == 0
 
 
+def test_it_never_returns(shards) -> None:
+    """As when its machine vanished: nobody ends its connections, and the worker goes on at the new one all the same."""
+    group = shards(2)
+    with group.pushing():
+        group.more_steps()
+        stop_past_its_lease(group)
+        group.replace(OWNER, journal=True)
+        group.more_steps()
+    verdict = group.verdict()
+    print(f"\nvanished: {verdict.longest_stall_seconds} s without an acknowledgement", file=sys.stderr)
+    assert verdict.nothing_lost, verdict
+    assert verdict.longest_stall_seconds < 40  # of `store.timeout`'s 60
+
+
 def test_all_went_back_to_the_last_checkpoint(shards) -> None:
     """As when its machine is gone. Its workers live on, too, and would write a checkpoint of the same step."""
     group = shards(1)

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from embershard.parameter_server.blocks import BlockMap
-from embershard.parameter_server.client import StoreClient
+from embershard.parameter_server.client import CLIENT_OPTIONS, StoreClient
 from embershard.parameter_server.kernels import locate
 from embershard.parameter_server.requests import Clock
-from embershard.parameter_server.server import ShardServer
+from embershard.parameter_server.server import SERVER_OPTIONS, ShardServer
 from embershard.parameter_server.shard import Shard
 from embershard.parameter_server.store import FencedError
 from embershard.parameter_server.tables import Layout
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exact import exact_table
+from proxy import Proxy
 
 ROWS, WIDTH, BLOCKS = 100, 2, 40
 TABLE = exact_table(ROWS, WIDTH)
@@ -42,6 +43,18 @@ class Servers:
     def close(self) -> None:
         for server in self.servers:
             server.stop()
+
+
+@pytest.fixture
+def quick_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option of pings at a tenth of its time, and servers that are strict about pings that come too often."""
+
+    def quick(options: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        return [(name, value // 10 if "keepalive" in name or "ping_" in name else value) for name, value in options]
+
+    strict = [*quick(SERVER_OPTIONS), ("grpc.http2.max_ping_strikes", 1)]
+    monkeypatch.setattr("embershard.parameter_server.client.CLIENT_OPTIONS", quick(CLIENT_OPTIONS))
+    monkeypatch.setattr("embershard.parameter_server.server.SERVER_OPTIONS", strict)
 
 
 @pytest.fixture
@@ -131,3 +144,29 @@ def test_a_shard_that_is_replaced_at_another_address_is_found(servers: Servers) 
         assert store.block_map.epoch == 3
         assert value(servers) == -2
         store.begin(2, 1, 2)  # administrative calls find it, too
+
+
+def test_a_shard_whose_machine_vanished_is_left_for_its_replacement(quick_pings: None, servers: Servers) -> None:
+    """A call that waits long for another worker is left alone; then no connection ends, and nothing comes any more."""
+    direct = servers.announce(2)
+    proxy = Proxy(direct.addresses[1])
+    for shard in servers.shards:
+        shard.set_block_map(BlockMap(3, direct.owners, (direct.addresses[0], proxy.address)))
+    known: list[BlockMap | None] = [None]
+    with StoreClient.connect(direct.addresses[0], find_map=lambda: known[0]) as store:
+        store.create_tables([TABLE])
+        subtract_one(store).result()
+        store.begin(1, 2, 0)
+        first = subtract_one(store, Clock(1, 1, 0, 2, 0, True))
+        time.sleep(4.5)  # what this is about: more pings than a server that allows none stands, and than gRPC sends
+        assert not first.done() and store.counters.retries == 0
+        proxy.requests.clear()
+        proxy.answers.clear()
+        known[0] = servers.announce(4)
+        with StoreClient.connect(direct.addresses[0]) as other:
+            second = subtract_one(other, Clock(1, 1, 1, 2, 0, True))
+            for push in (first, second):
+                push.result(20)
+            assert store.counters.retries > 0 == other.counters.retries
+        assert value(servers) == -3
+    proxy.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from embershard.parameter_server import failpoints
+from embershard.parameter_server import failpoints, restore
 from embershard.parameter_server.administration import Administration
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.lease import Lease
@@ -218,3 +220,19 @@ def test_a_cut_that_nobody_came_to_write_is_given_up_by_the_next() -> None:
     administration = Administration(shard, lambda completed: None, lambda *_, **__: [])
     first, second = administration.mark(1), administration.mark(1)
     assert first != second
+
+
+def test_a_load_that_is_asked_for_again_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller takes the connection for broken; it must not undo what is pushed after the second one's answer."""
+    together = threading.Barrier(2)
+
+    def load(*_: object) -> dict[str, list[str]]:
+        with pytest.raises(threading.BrokenBarrierError):
+            together.wait(0.1)
+        return {}
+
+    monkeypatch.setattr(restore, "load_blocks", load)
+    administration = Administration(make_shard(), lambda completed: None, lambda *_, **__: [])
+    with ThreadPoolExecutor(2) as pool:
+        for call in [pool.submit(administration.load, "anywhere", {}, 1) for _ in range(2)]:
+            assert call.result() == {}
