@@ -237,22 +237,26 @@ def update_adam(
     """
     count, width = grads.shape
     one = np.float32(1.0)
+    step, rate, root = np.float32(0.0), learning_rate, one
     for i in range(count):
         if i + AHEAD < count:
             prefetch_row(weights, np.int64(index[i + AHEAD]))
             prefetch_row(state, np.int64(index[i + AHEAD]))
         row = np.intp(index[i])
-        step = state[row, 2 * width] + one
-        state[row, 2 * width] = step
-        # Only the bias correction is in double precision: 1 - b^t loses digits where b is close to 1.
-        rate = np.float32(np.float64(learning_rate) / (1.0 - np.float64(beta1) ** np.float64(step)))
-        root = np.float32(math.sqrt(1.0 - np.float64(beta2) ** np.float64(step)))
+        # Arrays of their own: an index that could be negative keeps the loop from becoming vector instructions.
+        first, second, steps = state[row, :width], state[row, width : 2 * width], state[row, 2 * width :]
+        steps[0] += one
+        if steps[0] != step:
+            step = steps[0]
+            # Only the bias correction is in double precision: 1 - b^t loses digits where b is close to 1.
+            rate = np.float32(np.float64(learning_rate) / (1.0 - np.float64(beta1) ** np.float64(step)))
+            root = np.float32(math.sqrt(1.0 - np.float64(beta2) ** np.float64(step)))
         for j in range(width):
             g = grads[i, j]
-            m = beta1 * state[row, j] + (one - beta1) * g
-            v = beta2 * state[row, width + j] + (one - beta2) * (g * g)
-            state[row, j] = m
-            state[row, width + j] = v
+            m = beta1 * first[j] + (one - beta1) * g
+            v = beta2 * second[j] + (one - beta2) * (g * g)
+            first[j] = m
+            second[j] = v
             weights[row, j] -= rate * (m / (np.float32(math.sqrt(v)) / root + eps))
 
 

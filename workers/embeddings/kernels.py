@@ -106,10 +106,11 @@ def scatter_vectors(
     batch = len(inverse) // features
     for b in range(batch):
         for f in range(begin, end):
-            target = inverse[f * batch + b]
             source = b * stride + f * width
+            # As arrays of their own: an index that could be negative keeps the loop from becoming vector instructions.
+            total, added = out[inverse[f * batch + b]], grad[source : source + width]
             for j in range(width):
-                out[target, j] += grad[source + j]
+                total[j] += added[j]
 
 
 @jit
