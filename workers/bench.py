@@ -199,13 +199,14 @@ def _train(
     def clock(step: int) -> Clock:
         return Clock(1, step, staleness=lag, sync=consistency == "sync")
 
-    pipeline = Pipeline(_batches(task), network.embeddings, clock, depth=lag)
+    parts = _Parts()
+    pipeline = Pipeline(parts.each("reader", _batches(task)), network.embeddings, clock, depth=lag)
     before: dict[str, Any] = {}
     saves: list[Future[Any]] = []
 
     def step(number: int) -> None:
         if number == WARM:
-            seconds.clear()
+            parts.clear()
             before.update(
                 wire=store.counters.wire_bytes, cpu=[process_cpu(pid) for pid in pids], wait=pipeline.wait_seconds
             )
@@ -221,13 +222,17 @@ def _train(
         if number == WARM + task.steps - 1:
             network.embeddings.drain()  # the last push belongs to the timed part
 
-    with _timers(network, learner) as seconds:
-        readings = task.time(step)
+    parts.watch(network.embeddings, "prefetch", "ids_and_pull")
+    parts.watch(network.embeddings, "step", "push")
+    parts.watch(network.model, "forward", "dense_forward")
+    parts.watch(network, "forward", "forward")
+    parts.watch(learner.optimizer, "step", "dense_update")
+    readings = task.time(step)
     readings["checkpoints"] = sum(save.done() for save in saves)
     for save in saves:
         save.result()
     samples = task.steps * task.batch
-    readings |= {f"{part}_ms_per_step": total / task.steps * 1e3 for part, total in sorted(seconds.items())}
+    readings |= parts.per_step(task.steps)
     readings["pull_wait_ms_per_step"] = (pipeline.wait_seconds - before["wait"]) / task.steps * 1e3
     shard_cpu = sum(process_cpu(pid) - cpu for pid, cpu in zip(pids, before["cpu"], strict=True))
     readings["shard_cpu_ms_per_step"] = shard_cpu / task.steps * 1e3
@@ -268,30 +273,47 @@ def _spec(task: _Task) -> NetworkSpec:
     )
 
 
-@contextmanager
-def _timers(network: Network, learner: Learner) -> Iterator[dict[str, float]]:
-    """Seconds that the worker's own thread spends in each part."""
-    seconds: dict[str, float] = defaultdict(float)
+class _Parts:
+    """What the worker's own thread takes for each part, and all of its process's threads meanwhile, in seconds."""
 
-    def watch(owner: Any, method: str, part: str) -> None:
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._cpu: dict[str, float] = defaultdict(float)
+
+    def clear(self) -> None:
+        self._seconds.clear()
+        self._cpu.clear()
+
+    def per_step(self, steps: int) -> dict[str, float]:
+        wall = {f"{part}_ms_per_step": total / steps * 1e3 for part, total in sorted(self._seconds.items())}
+        return wall | {f"{part}_cpu_ms_per_step": total / steps * 1e3 for part, total in sorted(self._cpu.items())}
+
+    def watch(self, owner: Any, method: str, part: str) -> None:
         original = getattr(owner, method)
 
         @wraps(original)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
+            with self._timed(part):
                 return original(*args, **kwargs)
-            finally:
-                seconds[part] += time.perf_counter() - start
 
         setattr(owner, method, timed)
 
-    watch(network.embeddings, "prefetch", "ids_and_pull")
-    watch(network.embeddings, "step", "push")
-    watch(network.model, "forward", "dense_forward")
-    watch(network, "forward", "forward")
-    watch(learner.optimizer, "step", "dense_update")
-    yield seconds
+    def each(self, part: str, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            with self._timed(part):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self._seconds[part] += time.perf_counter() - start
+            self._cpu[part] += time.process_time() - cpu
 
 
 def _resident(pid: int | str) -> float:
