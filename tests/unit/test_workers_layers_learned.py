@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from embershard.parameter_server.optimizers import apply
+from embershard.parameter_server.row_kernels import LINE
 from embershard.parameter_server.store import Store
 from embershard.parameter_server.tables import Optimizer
 from embershard.workers.embeddings.base import EmbeddingError, Feature
@@ -193,6 +194,7 @@ def test_wide_vectors_per_sample_are_the_same_bits_without_gradients(dim: int) -
     with torch.no_grad():
         assert torch.equal(made(ids), trained)
     assert trained.count_nonzero() == trained.numel()
+    assert made.token.data_ptr() % LINE == 0  # a row of 64 numbers lies in four cache lines, not across five
 
 
 @pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad"])

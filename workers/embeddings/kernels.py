@@ -248,6 +248,22 @@ def sum_rows(
 
 
 @jit
+def hash_samples(ids: np.ndarray, seeds: np.ndarray, modulus: int, rows: np.ndarray) -> None:
+    """rows int64 [B * F * K or more] <- the rows below `modulus` of ids int64 [B, F], seeds uint64 [F * K].
+
+    Samples in order, features within them, repetitions within those. The inner loop is the one over the features: over
+    the repetitions, of which there is mostly one, it takes twice as long.
+    """
+    batch, features = ids.shape
+    repeats = len(seeds) // features
+    for b in range(batch):
+        for k in range(repeats):
+            for f in range(features):
+                word = mix64(mix64(_U64(ids[b, f])) ^ seeds[f * repeats + k])
+                rows[(b * features + f) * repeats + k] = np.int64(multiply_high(word, _U64(modulus)))
+
+
+@jit
 def look_up_samples(
     ids: np.ndarray,
     token_seeds: np.ndarray,
@@ -261,25 +277,12 @@ def look_up_samples(
     token_seeds uint64 [F * K], weight_seeds [F * K_w] (K_w may be 0), feature by feature; token [D, d], weight
     [D_w, 1]. The sums are those of `sum_samples`, in its order.
     """
-    batch, features = ids.shape
-    width = out.shape[1]
-    count = len(token_seeds)
-    per_token, per_weight = count // features, len(weight_seeds) // features
+    batch, width = out.shape
+    count, weights = len(token_seeds), len(weight_seeds)
     rows = np.zeros((batch + 1) * count, np.int64)  # behind the last sample, row 0 is asked for
-    alpha = np.empty(batch, np.float32)
-    place = 0
-    for b in range(batch):
-        scale = np.float32(0 if per_weight else 1)
-        for f in range(features):
-            mixed = mix64(_U64(ids[b, f]))
-            for k in range(per_token):
-                word = mix64(mixed ^ token_seeds[f * per_token + k])
-                rows[place] = np.int64(multiply_high(word, _U64(len(token))))
-                place += 1
-            for k in range(per_weight):
-                word = mix64(mixed ^ weight_seeds[f * per_weight + k])
-                scale += weight[np.int64(multiply_high(word, _U64(len(weight)))), 0]
-        alpha[b] = scale
+    hash_samples(ids, token_seeds, len(token), rows)
+    weight_rows = np.empty(batch * weights, np.int64)
+    hash_samples(ids, weight_seeds, len(weight), weight_rows)
     whole = width - width % BLOCK
     for b in range(batch):
         begin = b * count
@@ -290,8 +293,12 @@ def look_up_samples(
         for i in range(begin, begin + count):
             for j in range(whole, width):
                 out[b, j] += token[rows[i], j]
-        for j in range(width):
-            out[b, j] *= alpha[b]
+        if weights:
+            alpha = np.float32(0)
+            for i in range(b * weights, (b + 1) * weights):
+                alpha += weight[weight_rows[i], 0]
+            for j in range(width):
+                out[b, j] *= alpha
 
 
 def warm_up() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...parameter_server.kernels import initialise_share, rows_of_share
+from ...parameter_server.memory import reserve
 from ...parameter_server.store import Store
 from ...parameter_server.tables import Optimizer, TableSpec
 from .base import EmbeddingError, Feature
@@ -338,7 +339,9 @@ def initial_rows(table: TableSpec, seed: int) -> np.ndarray:
     share, order = np.empty((table.rows, table.width), np.float32), np.empty(table.rows, np.int64)
     initialise_share(share, table, 0, 1, seed)
     rows_of_share(0, 1, table.rows, np.uint64(table.key), order)
-    rows = np.empty_like(share)
+    # At the beginning of a page, so that no row lies across more cache lines than it must, and in huge pages.
+    space = reserve(share.nbytes, f"table {table.name!r}", huge_pages=True)
+    rows = np.frombuffer(space, np.float32, count=share.size).reshape(share.shape)
     rows[order] = share
     return rows
 
