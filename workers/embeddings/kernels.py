@@ -279,10 +279,17 @@ def look_up_samples(
     """
     batch, width = out.shape
     count, weights = len(token_seeds), len(weight_seeds)
-    rows = np.zeros((batch + 1) * count, np.int64)  # behind the last sample, row 0 is asked for
+    rows = np.empty((batch + 1) * max(count, weights), np.int64)
+    alpha = np.ones(batch, np.float32)
+    if weights:
+        # Before the sums, not between them: the small table of weights stays in the nearer cache meanwhile.
+        hash_samples(ids, weight_seeds, len(weight), rows)
+        for b in range(batch):
+            alpha[b] = 0
+            for i in range(b * weights, (b + 1) * weights):
+                alpha[b] += weight[rows[i], 0]
     hash_samples(ids, token_seeds, len(token), rows)
-    weight_rows = np.empty(batch * weights, np.int64)
-    hash_samples(ids, weight_seeds, len(weight), weight_rows)
+    rows[batch * count : (batch + 1) * count] = 0  # asked for behind the last sample
     whole = width - width % BLOCK
     for b in range(batch):
         begin = b * count
@@ -293,12 +300,8 @@ def look_up_samples(
         for i in range(begin, begin + count):
             for j in range(whole, width):
                 out[b, j] += token[rows[i], j]
-        if weights:
-            alpha = np.float32(0)
-            for i in range(b * weights, (b + 1) * weights):
-                alpha += weight[weight_rows[i], 0]
-            for j in range(width):
-                out[b, j] *= alpha
+        for j in range(width):
+            out[b, j] *= alpha[b]
 
 
 def warm_up() -> None:
