@@ -36,6 +36,12 @@ def _arm(_: Any, points: str) -> None:
     failpoints.arm(points)
 
 
+def others_first(kind: str, bag: list[str], rng: random.Random) -> list[str]:
+    """The bag that kinds are taken from, last one first, after `kind` came to nothing: the other kinds, then it."""
+    others = [other for other in bag if other != kind] or [other for other in KINDS if other != kind]
+    return [kind, *rng.sample(others, len(others))]
+
+
 class Faults:
     """namespace: of the job. lease: of its shards, which some stops exceed. armed: failpoints that always stay armed.
 
@@ -96,7 +102,7 @@ class Faults:
                 target, seconds = getattr(self, f"_{kind}")()
             except Exception as error:  # the victim, or the coordinator, is down already: another fault at another time
                 self._note(f"fault: {kind} came to nothing: {one_line(root_cause(error))}")
-                bag = [kind, *(bag or self._random.sample(KINDS, len(KINDS)))]  # the others first
+                bag = others_first(kind, bag, self._random)
                 pause = AGAIN_SECONDS
                 continue
             self._recorder.write("fault", kind=kind, target=target, seconds=round(seconds, 2))
@@ -122,8 +128,9 @@ class Faults:
         answers = self._random.random() < 0.5
         seconds = self._random.uniform(0.5, 1.5) if answers else self._random.uniform(1.0, 5.0)
         point = "network.answer" if answers else "network.cut"
-        self._ask(name, _arm, ",".join(filter(None, [self._armed, f"{point}=skip"])))
+        # Healed also if nobody answers here: one that is stopped hears of it when it goes on.
         self._heal(seconds, lambda: self._rejoin(name))
+        self._ask(name, _arm, ",".join(filter(None, [self._armed, f"{point}=skip"])))
         return f"{name} ({'answers lost' if answers else 'cut off'})", seconds
 
     def _rejoin(self, name: str) -> None:

@@ -1,11 +1,13 @@
 """The checker of chaos runs: whatever is wrong at the end is seen, and whatever may be is not held against it."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from embershard.cluster.chaos_faults import others_first
 from embershard.cluster.chaos_history import (
     FINAL,
     HISTORY_FILE,
@@ -252,3 +254,15 @@ def test_what_the_command_does_not_take(
     with pytest.raises(SystemExit) as end:
         main()
     assert (end.value.code, error in capsys.readouterr().err) == (2, True)
+
+
+def test_a_kind_that_comes_to_nothing_again_and_again_does_not_keep_the_others_away():
+    rng, bag, done = random.Random(1), [], []
+    for _ in range(20):
+        bag = bag or rng.sample(KINDS, len(KINDS))
+        kind = bag.pop()
+        if kind == "rescale":
+            bag = others_first(kind, bag, rng)
+        else:
+            done.append(kind)
+    assert {kind: done.count(kind) for kind in KINDS if kind != "rescale"} == {"kill": 5, "stop": 5, "partition": 5}
