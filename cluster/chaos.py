@@ -1,7 +1,8 @@
 """`embershard chaos`: faults at random against a job that pushes, and at the end every row is counted.
 
-The job is two processes that push whole-numbered gradients through the store's own client to shards that keep journals,
-under the coordinator of every run. docs/chaos.md says what is injected and compared.
+The job is three processes that push whole-numbered gradients through the store's own client to shards that keep
+journals, under the coordinator of every run: two workers, whose steps have a clock, and a tool, whose pushes have none
+and wait for nobody. docs/chaos.md says what is injected and compared.
 """
 
 from __future__ import annotations
@@ -21,54 +22,26 @@ from pydantic import SecretStr
 from ray.exceptions import RayError
 
 from ..parameter_server import failpoints
-from ..parameter_server.blocks import BlockMap
-from ..parameter_server.client import StoreClient
 from ..parameter_server.security import run_token
 from ..parameter_server.store import StoreError
 from .calls import ask
 from .chaos_faults import Faults
 from .chaos_history import FINAL, HISTORY_FILE, Recorder, Workload, judge, read_tables
-from .chaos_pusher import Pusher, read_items
+from .chaos_pusher import read_items
+from .chaos_worker import CALL_SECONDS, ChaosWorker, connect
 from .errors import ConfigError, RunFailed, one_line, root_cause
 from .launch import Members
 from .progress import ProgressReporter
 from .ray_session import ray_session
 from .run_state import ShardPlan
-from .shard_group import NAME
 
-PUSHERS = 2
+WORKERS = 2
 BLOCKS = 64
 LEASE_SECONDS = 8.0
 START_SECONDS = 300.0  # for processes to come up, on a machine that is busy
-CALL_SECONDS = 600.0  # for one pull or push, whatever happens to its shard meanwhile
 HEARTBEAT_SECONDS = 0.5
+EXTRA_SECONDS = 60.0  # at most, for the kinds of faults that did not come about in time
 ROUND_STEPS = 100  # rounds of `bounded` and of `sync` take turns
-
-
-class PusherActor:
-    """A `Pusher` in a process of its own."""
-
-    def __init__(self, namespace: str, token: SecretStr, workload: Workload, history: str, client: int) -> None:
-        coordinator = ray.get_actor(NAME, namespace=namespace)
-        store = _connect(coordinator, token)
-        self._pusher = Pusher(store, workload, Recorder(Path(history)), client=client, workers=PUSHERS, generation=1)
-
-    def run(self, first: int, steps: int, sync: bool) -> None:
-        self._pusher.run(first, steps, sync=sync)
-
-
-def _connect(coordinator: Any, token: SecretStr) -> StoreClient:
-    def find_map() -> BlockMap | None:
-        if not ray.is_initialized():  # the run has ended; asking would start another Ray
-            return None
-        try:
-            block_map: BlockMap = ray.get(coordinator.block_map.remote(), timeout=5.0)
-        except RayError:
-            return None
-        return block_map
-
-    addresses = ask(coordinator, "block_map").addresses
-    return StoreClient.connect(addresses, timeout=CALL_SECONDS, token=token, find_map=find_map)
 
 
 def run_chaos(
@@ -116,11 +89,11 @@ class _Job:
         self._problem: str | None = None
         self._ended = threading.Event()
         self._token: SecretStr = self._start(seed)
-        self._store = _connect(members.coordinator, self._token)
+        self._store = connect(members.coordinator, self._token)
         self._store.create_tables(self._workload.tables())
-        self._store.begin(1, PUSHERS, 0)
+        self._store.begin(1, WORKERS, 0)
         self._recorder.write("workload", **asdict(self._workload))
-        self._recorder.write("generation", generation=1, step=0, workers=PUSHERS)
+        self._recorder.write("generation", generation=1, step=0, workers=WORKERS)
         self.faults = Faults(
             members.namespace,
             self._recorder,
@@ -174,20 +147,23 @@ class _Job:
         return token
 
     def run(self, minutes: float) -> str | None:
-        """Rounds of pushes under faults until the time is over; returns why it ended early, if it did."""
-        actor = ray.remote(PusherActor).options(num_cpus=0)
-        history = str(self._folder / HISTORY_FILE)
-        pushers = [
-            actor.remote(self._members.namespace, self._token, self._workload, history, client)
-            for client in range(PUSHERS)
-        ]
-        began, step, number = time.monotonic(), 1, 0
-        self.faults.start()
+        """Rounds of pushes under faults until the time is over, and there was a fault of each kind.
+
+        Returns why it ended early, if it did.
+        """
+        actor = ray.remote(ChaosWorker).options(num_cpus=0)
+        where = self._members.namespace, self._token, self._workload, str(self._folder / HISTORY_FILE)
+        workers = [actor.remote(*where, client=number, workers=WORKERS) for number in range(WORKERS)]
+        tool = actor.remote(*where, client=WORKERS, workers=0)
+        self._wait([pusher.run.remote(1, 0, False) for pusher in (*workers, tool)])  # until they are there
+        end, step, number = time.monotonic() + 60 * minutes, 1, 0
+        self.faults.start(60 * minutes)
         problem = None
         try:
-            while time.monotonic() < began + 60 * minutes:
+            while (late := time.monotonic() - end) < 0 or (late < EXTRA_SECONDS and self.faults.missing):
                 sync = number % 3 == 2
-                self._wait([pusher.run.remote(step, ROUND_STEPS, sync) for pusher in pushers])
+                calls = [worker.run.remote(step, ROUND_STEPS, sync) for worker in workers]
+                self._wait([*calls, tool.run.remote(step, ROUND_STEPS, False)])
                 step, number = step + ROUND_STEPS, number + 1
                 self._progress.advance({"step": step - 1, "shards": self._shards})
         except (RunFailed, RayError) as error:
@@ -195,7 +171,7 @@ class _Job:
             self._progress.note(f"pushing ended early: {problem}")
         finally:
             self.faults.end()
-        for pusher in pushers:
+        for pusher in (*workers, tool):
             ray.kill(pusher)
         return problem
 

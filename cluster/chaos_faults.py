@@ -21,6 +21,7 @@ from .errors import one_line, root_cause
 from .shard_group import NAME, shard_name
 
 INTERVAL_SECONDS = (5.0, 8.0)  # between two faults: more than six a minute
+SHORT_INTERVAL_SECONDS = (1.5, 2.0)  # in a run of less than a minute
 AGAIN_SECONDS = 1.0  # after one that came to nothing
 SHARDS = (2, 5)
 ASK_SECONDS = 3.0
@@ -45,7 +46,8 @@ def others_first(kind: str, bag: list[str], rng: random.Random) -> list[str]:
 class Faults:
     """namespace: of the job. lease: of its shards, which some stops exceed. armed: failpoints that always stay armed.
 
-    What is stopped or cut off is healed on a thread of its own while the next faults come.
+    What is stopped or cut off is healed on a thread of its own while the next faults come. missing: the kinds that have
+    not come about yet.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Faults:
         note: Callable[[str], None],
     ) -> None:
         self.rescaled = 0
+        self.missing = set(KINDS)
         self._namespace = namespace
         self._recorder = recorder
         self._random = random.Random(seed)
@@ -69,10 +72,15 @@ class Faults:
         self._note = note
         self._healing = ThreadPoolExecutor(32, thread_name_prefix="heal")
         self._scaling = threading.Event()
+        self._until, self._interval = 0.0, INTERVAL_SECONDS
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
 
-    def start(self) -> None:
+    def start(self, seconds: float) -> None:
+        """For so long, and until there was one of each kind."""
+        self._until = time.monotonic() + seconds
+        if seconds < 60:
+            self._interval = SHORT_INTERVAL_SECONDS
         self._thread.start()
 
     def end(self) -> None:
@@ -93,9 +101,9 @@ class Faults:
 
     def _run(self) -> None:
         bag: list[str] = []
-        pause = INTERVAL_SECONDS[1]
-        while not self._ended.wait(pause):
-            pause = self._random.uniform(*INTERVAL_SECONDS)
+        pause = self._interval[1]
+        while not self._ended.wait(pause) and (self.missing or time.monotonic() < self._until):
+            pause = self._random.uniform(*self._interval)
             bag = bag or self._random.sample(KINDS, len(KINDS))
             kind = bag.pop()
             try:
@@ -105,6 +113,7 @@ class Faults:
                 bag = others_first(kind, bag, self._random)
                 pause = AGAIN_SECONDS
                 continue
+            self.missing.discard(kind)
             self._recorder.write("fault", kind=kind, target=target, seconds=round(seconds, 2))
             self._note(f"fault: {kind} {target}" + (f" for {seconds:.1f} s" if seconds else ""))
 

@@ -306,7 +306,7 @@ def problems_of(verdict: Verdict, minutes: float) -> list[str]:
     if verdict.rows_compared != verdict.rows_touched or not verdict.rows_touched:
         problems.append(f"{verdict.rows_compared} of {verdict.rows_touched} rows touched were compared")
     faults = verdict.faults_injected
-    if minutes >= 1 and (missing := [kind for kind in KINDS if not faults.get(kind)]):
+    if missing := [kind for kind in KINDS if not faults.get(kind)]:
         problems.append(f"no {', '.join(missing)} was injected")
     if (count := sum(faults.values())) < int(FAULTS_PER_MINUTE * minutes):
         problems.append(f"{count} faults in {minutes:g} minutes are fewer than {FAULTS_PER_MINUTE} a minute")
