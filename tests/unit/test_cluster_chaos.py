@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embershard.cluster.chaos_faults import others_first
+from embershard.cluster.chaos_faults import Faults, others_first
 from embershard.cluster.chaos_history import (
     FINAL,
     HISTORY_FILE,
@@ -266,3 +266,26 @@ def test_a_kind_that_comes_to_nothing_again_and_again_does_not_keep_the_others_a
         else:
             done.append(kind)
     assert {kind: done.count(kind) for kind in KINDS if kind != "rescale"} == {"kill": 5, "stop": 5, "partition": 5}
+
+
+def test_a_short_run_has_one_fault_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first ones come to nothing; then no more come, though nobody has ended it."""
+    tried: list[str] = []
+
+    def fault(kind: str) -> tuple[str, float]:
+        tried.append(kind)
+        if len(tried) <= 2:
+            raise RuntimeError("it is down already")
+        return "shard-0", 0.0
+
+    for name in ("SHORT_INTERVAL_SECONDS", "INTERVAL_SECONDS"):
+        monkeypatch.setattr(f"embershard.cluster.chaos_faults.{name}", (0.001, 0.002))
+    monkeypatch.setattr("embershard.cluster.chaos_faults.AGAIN_SECONDS", 0.001)
+    for kind in KINDS:
+        monkeypatch.setattr(Faults, f"_{kind}", lambda _, kind=kind: fault(kind))
+    recorder = Recorder(tmp_path / HISTORY_FILE)
+    faults = Faults("none", recorder, seed=0, lease=8.0, armed="", shards=lambda: 2, note=lambda text: None)
+    faults.start(0.0)
+    faults._thread.join(10)
+    recorder.close()
+    assert not faults.missing and sorted(tried[2:]) == sorted(KINDS)
