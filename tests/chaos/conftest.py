@@ -1,4 +1,4 @@
-"""Shards in processes of their own, ended with the test; and runs on the tests' Ray cluster."""
+"""Shards, and runs of `embershard train`, on one Ray cluster of three nodes for all tests that lose no node."""
 
 from __future__ import annotations
 
@@ -8,16 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from embershard.datasets.synthetic import generate
+from embershard.parameter_server import failpoints
 
 sys.path.insert(0, str(Path(__file__).parent))
+from nodes import Nodes
 from shards import Shards
 from train_run import ROWS, SETTINGS, Run
 
 
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """Address of the cluster, in place of the one of a single node that other tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv(failpoints.VARIABLE, "")  # the shards may be armed
+        nodes = Nodes(cpus=3)
+        for _ in range(2):
+            nodes.add(cpus=3)
+    ray.init(address=nodes.address, namespace="tests", log_to_driver=False, logging_level="ERROR")
+    yield nodes.address
+    ray.shutdown()
+    nodes.close()
+
+
 @pytest.fixture
-def shards(tmp_path: Path) -> Iterator[Callable[..., Shards]]:
+def shards(tmp_path: Path, ray_address: str) -> Iterator[Callable[..., Shards]]:
     """Makes `Shards`, with a generation begun."""
     made: list[Shards] = []
 

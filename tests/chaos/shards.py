@@ -1,7 +1,7 @@
-"""Shard processes with journals, a job that pushes to them, and in place of the coordinator the few things it does.
+"""Shards with journals on a Ray of several nodes, a job that pushes to them, and the few things a coordinator does.
 
 The block map in force stands in a file, written before anybody is told of it, and a shard is replaced only while no
-blocks are being moved: what `cluster.coordinator` does with Ray, without Ray.
+blocks are being moved: what `cluster.coordinator` does by itself, here at the moment that a scenario says.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import ray
 from embershard.cluster.chaos_history import HISTORY_FILE, History, Recorder, Verdict, Workload, check, read_tables
 from embershard.cluster.chaos_pusher import Pusher, read_items
 from embershard.cluster.migration import described
@@ -32,8 +33,12 @@ from embershard.parameter_server.client import StoreClient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from proxy import Proxy
-from shard_process import BLOCKS, ShardProcess
 
+sys.path.insert(0, str(Path(__file__).parent))
+from ray_shard import BLOCKS, TOKEN, RayShard
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["embershard.cluster.rescale", "embershard.parameter_server.client"])
 WORKLOAD = Workload(seed=11, rows=400, touched=24)
 ROUND_STEPS = 10
 
@@ -52,7 +57,7 @@ def read_map(file: Path) -> BlockMap:
 def coordinate(map_file: Path, addresses: list[str], shards: int, points: str) -> None:
     """Rescales, as a coordinator that may be killed or stopped on the way: in a process of its own."""
     failpoints.arm(points)
-    with StoreClient.connect(addresses) as store:
+    with StoreClient.connect(addresses, token=TOKEN) as store:
         store.adopt(read_map(map_file))
         Rescale(store, lambda: addresses, lambda block_map: write_map(map_file, block_map)).run(shards)
 
@@ -60,12 +65,15 @@ def coordinate(map_file: Path, addresses: list[str], shards: int, points: str) -
 def save(addresses: list[str], directory: str, points: str) -> None:
     """Writes a checkpoint, as a worker that may be killed on the way: in a process of its own."""
     failpoints.arm(points)
-    with StoreClient.connect(addresses) as store:
+    with StoreClient.connect(addresses, token=TOKEN) as store:
         store.save(directory).result()
 
 
 class Shards:
-    """`count` shards that serve, `spare` that may join, all with journals below `folder`; proxied: each behind one."""
+    """`count` shards that serve, `spare` that may join, dealt out to the nodes, all with journals below `folder`.
+
+    proxied: each is reached through a proxy.
+    """
 
     def __init__(
         self,
@@ -82,8 +90,9 @@ class Shards:
         self.folder = folder
         self.map_file = folder / "block-map.json"
         self.changing = threading.RLock()
+        self.nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         self.processes = [self._start(number) for number in range(count + spare)]
-        self.replaced: list[ShardProcess] = []  # by a process elsewhere, and alive
+        self.replaced: list[RayShard] = []  # by a process elsewhere, and alive
         self.proxies = [Proxy(process.address) for process in self.processes] if proxied else []
         self.recorder = Recorder(folder / HISTORY_FILE)
         self.recorder.write("workload", **workload.__dict__)
@@ -94,12 +103,14 @@ class Shards:
         self.store.create_tables(workload.tables())
         self.step = 0
 
-    def _start(self, number: int) -> ShardProcess:
-        folder = self.folder / f"shard-{number}"
-        return ShardProcess(folder, number=number, alone=False, memory_bytes=self.memory_bytes)
+    def _start(self, number: int) -> RayShard:
+        return RayShard(number, self.folder / f"shard-{number}", self._node(number), self.memory_bytes)
+
+    def _node(self, number: int) -> str:
+        return self.nodes[number % len(self.nodes)]
 
     def _tell(self, number: int) -> None:
-        with StoreClient.connect(self.processes[number].address) as store:
+        with StoreClient.connect(self.processes[number].address, token=TOKEN) as store:
             address, block_map = self.processes[number].address, self.block_map()
             store.control_at(address, "set_block_map", described(block_map))
             store.control_at(address, "cancel_moves", {"epoch": block_map.epoch})
@@ -111,7 +122,7 @@ class Shards:
         return [end.address for end in self.proxies or self.processes]
 
     def connect(self, timeout: float = 120.0) -> StoreClient:
-        return StoreClient.connect(self.addresses(), timeout=timeout, find_map=self.block_map)
+        return StoreClient.connect(self.addresses(), timeout=timeout, token=TOKEN, find_map=self.block_map)
 
     def begin(self, generation: int = 1, step: int = 0, workers: int = 1) -> None:
         self.store.begin(generation, workers, step)
@@ -185,8 +196,8 @@ class Shards:
         self.store.control_at(self.processes[number].address, "arm", {"points": points})
 
     def restart(self, number: int, *, elsewhere: bool = False) -> None:
-        """A shard that has died, with its journal; nothing is told to the workers. elsewhere: at another address."""
-        assert self.processes[number].wait() == -signal.SIGKILL
+        """A shard that dies, with its journal; nothing is told to the workers. elsewhere: at another address."""
+        self.processes[number].wait()
         with self.changing:
             before = self.processes[number].address
             if elsewhere:
@@ -195,13 +206,13 @@ class Shards:
             assert (self.processes[number].address != before) == elsewhere
             self.settle()
 
-    def replace(self, number: int, *, journal: bool) -> ShardProcess:
-        """As on another machine, so that the old process, which is returned, lives on; with its journal or without."""
+    def replace(self, number: int, *, journal: bool) -> RayShard:
+        """On another node, so that the old process, which is returned, lives on; with its journal or without."""
         with self.changing:
             old, there = self.processes[number], self.folder / f"shard-{number}-elsewhere"
             if journal:
                 shutil.copytree(self.folder / f"shard-{number}", there)
-            self.processes[number] = ShardProcess(there, number=number, alone=False)
+            self.processes[number] = RayShard(number, there, self._node(number + 1))
             self.settle()
         self.replaced.append(old)
         return old
@@ -213,7 +224,7 @@ class Shards:
         if addresses != block_map.addresses:
             write_map(self.map_file, BlockMap(block_map.epoch + 1, block_map.owners, addresses))
         for number, process in enumerate(self.processes):
-            if psutil.pid_exists(process.pid):
+            if process.alive():
                 self._tell(number)
         self.store.adopt(self.block_map())
 
@@ -249,6 +260,6 @@ class Shards:
 
 
 def _started(function: Callable[..., None], *arguments: Any) -> BaseProcess:
-    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process = _context.Process(target=function, args=arguments)
     process.start()
     return process

@@ -27,8 +27,7 @@ def test_many_kills(shards) -> None:
                 group.more_steps()
                 group.kill(victim)
             group.restart(victim, elsewhere=elsewhere)
-            report = group.processes[victim].recovery
-            assert report is not None and report["records"] > 0
+            assert group.processes[victim].recovered
             moves += elsewhere
             assert group.block_map().epoch == epoch + elsewhere
             addresses.add(group.processes[victim].address)

@@ -16,6 +16,7 @@ from embershard.parameter_server.requests import RowSet
 from embershard.parameter_server.store import BusyError, FencedError, StoreTimeout
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ray_shard import TOKEN
 from shards import WORKLOAD
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -38,7 +39,7 @@ def stop_past_its_lease(group, point: str = "") -> None:
 
 def assert_it_refuses_everything(address: str) -> None:
     """Even to those who have heard of nobody else."""
-    with StoreClient.connect(address, timeout=3.0) as stale:
+    with StoreClient.connect(address, timeout=3.0, token=TOKEN) as stale:
         block = int(np.flatnonzero(stale.block_map.owners == OWNER)[0])
         slab = stale.layout.slabs[0]
         row = np.array([block * slab.rows_per_block], slab.index_dtype)

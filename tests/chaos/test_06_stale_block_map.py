@@ -16,6 +16,7 @@ from embershard.parameter_server.client import StoreClient
 from embershard.parameter_server.sharded import RETRY_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ray_shard import TOKEN
 from shards import WORKLOAD
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -49,7 +50,7 @@ class Counting(StoreClient):
 
 def connect(group) -> list[tuple[Counting, Pusher]]:
     """Tools: without a clock, and without a coordinator to ask. Clients of a history have numbers of their own."""
-    stores = [Counting.connect(group.addresses()) for _ in range(CLIENTS)]
+    stores = [Counting.connect(group.addresses(), token=TOKEN) for _ in range(CLIENTS)]
     return [
         (store, Pusher(store, WORKLOAD, group.recorder, client=1 + i, workers=0, generation=1))
         for i, store in enumerate(stores)
