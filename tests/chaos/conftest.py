@@ -1,4 +1,8 @@
-"""Shards, and runs of `embershard train`, on one Ray cluster of three nodes for all tests that lose no node."""
+"""Shards, and runs of `embershard train`, on one Ray cluster of three nodes for all tests that lose no node.
+
+The cluster ends with the last test of this package: a process can be connected to one Ray only, and other tests, if
+they are run together with these, have theirs.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,9 @@ from shards import Shards
 from train_run import ROWS, SETTINGS, Run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_address() -> Iterator[str]:
-    """Address of the cluster, in place of the one of a single node that other tests share."""
+    """Address of the cluster, which takes the place of the other tests' single node."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv(failpoints.VARIABLE, "")  # the shards may be armed
@@ -51,7 +55,7 @@ def shards(tmp_path: Path, ray_address: str) -> Iterator[Callable[..., Shards]]:
         one.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def home(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
     path = tmp_path_factory.mktemp("runs")
     for name, rows, seed in (("train/a", ROWS // 2, 0), ("train/b", ROWS // 2, 1), ("eval", 500, 2)):
@@ -62,7 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def in_peace(home: Path) -> Callable[[list[str]], dict[str, Any]]:
     """The summary of a run with the same settings that nothing happens to."""
     done: dict[str, dict[str, Any]] = {}

@@ -18,56 +18,27 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["embershard.parameter_server.recovery", "embershard.parameter_server.server"])
 
 
-def _serve(
-    folder: str | None, points: str, journal_bytes: int, number: int, alone: bool, memory: int | None, pipe: Connection
-) -> None:
-    os.environ[failpoints.VARIABLE] = points
-    failpoints.arm(points)
+def _serve(folder: str, journal_bytes: int, pipe: Connection) -> None:
+    os.environ[failpoints.VARIABLE] = ""  # it may be armed
     kernels.warm_up()
-    shard, recovery = open_shard(number, BLOCKS, 0, journal=folder, journal_bytes=journal_bytes, memory_bytes=memory)
+    shard, recovery = open_shard(0, BLOCKS, 0, journal=folder, journal_bytes=journal_bytes)
     address = ShardServer(shard).start()
-    if recovery is None and alone:
+    if recovery is None:
         shard.set_block_map(BlockMap.initial(BLOCKS, (address,)))
     pipe.send((address, None if recovery is None else recovery.as_dict()))
     with suppress(EOFError):  # the test has ended
-        while True:
-            shard.lease.grant(pipe.recv())
-            pipe.send("granted")
+        pipe.recv()
 
 
 class ShardProcess:
-    """recovery: what the shard reported when it came back, None if it is new.
+    """recovery: what the shard reported when it came back, None if it is new: then it owns every block."""
 
-    alone: it is the only shard, and owns every block from the beginning. memory_bytes: see `StoreConfig`.
-    """
-
-    def __init__(
-        self,
-        folder: Path | None,
-        points: str = "",
-        journal_bytes: int = 1 << 30,
-        *,
-        number: int = 0,
-        alone: bool = True,
-        memory_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, journal_bytes: int = 1 << 30) -> None:
         self._pipe, theirs = _context.Pipe()
-        path = None if folder is None else str(folder)
-        arguments = (path, points, journal_bytes, number, alone, memory_bytes, theirs)
-        self._process = _context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = _context.Process(target=_serve, args=(str(folder), journal_bytes, theirs), daemon=True)
         self._process.start()
         theirs.close()
         self.address, self.recovery = self._pipe.recv()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def grant_lease(self, until: float) -> None:
-        """The shard serves up to `until` (`time.monotonic()` seconds); without a grant it serves for ever."""
-        self._pipe.send(until)
-        self._pipe.recv()
 
     def wait(self, timeout: float = 30.0) -> int | None:
         """Until the process has ended; its exit code, None if it lives on."""
