@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from functools import cached_property
@@ -15,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 BLOCKS = 70
 TOKEN = SecretStr("of-the-shards-of-the-scenarios")
-LONG_SECONDS = 3600.0  # of a lease that nobody renews, and of patience with a coordinator that is not there
 START_SECONDS = 120.0
+ORPHAN_SECONDS = 3600.0  # no coordinator beats here
 
 
 class RayShard:
@@ -37,8 +38,8 @@ class RayShard:
             BLOCKS,
             0,
             loopback=True,
-            lease=LONG_SECONDS,
-            orphan_timeout=LONG_SECONDS,
+            lease=math.inf,  # until the first grant
+            orphan_timeout=ORPHAN_SECONDS,
             token=TOKEN,
             journal=str(folder),
             journal_bytes=1 << 30,
