@@ -70,16 +70,14 @@ def hash_strings(data: np.uint64, offsets: Array, out: Array) -> None:
 
 
 @jit
-def stage_weights(rows: Array, data: Array, valid: Array, bit: Array, out: Array) -> int:
-    """out float32 [N] = chunks of `rows` int64 [C] float32 values. Returns -1, or the first null or not finite."""
-    at, present = 0, np.empty(rows.max(), np.bool_)
-    for chunk in range(len(rows)):
-        _unpack(valid[chunk], bit[chunk], present[: rows[chunk]])
-        for i in range(rows[chunk]):
-            out[at + i] = _load(data[chunk], np.uint64(i), numba.float32)
-            if not np.isfinite(out[at + i]) or not present[i]:
-                return at + i
-        at += rows[chunk]
+def stage_weights(data: np.uint64, valid: np.uint64, bit: np.uint64, out: Array) -> int:
+    """out float32 [N] = a chunk of float32 values. Returns -1, or the first null or not finite."""
+    present = np.empty(len(out), np.bool_)
+    _unpack(valid, bit, present)
+    for i in range(len(out)):
+        out[i] = _load(data, np.uint64(i), numba.float32)
+        if not np.isfinite(out[i]) or not present[i]:
+            return i
     return -1
 
 
@@ -132,9 +130,8 @@ def warm_up() -> None:
     text, order, one = np.zeros(1, np.uint8), np.zeros(1, np.int32), np.ones(1, np.int64)
     edges, weight = np.array([0, 1]), np.ones(1, np.float32)
     hash_strings(np.uint64(text.ctypes.data), edges, np.empty(1, np.int64))
-    address, none = np.array([weight.ctypes.data], np.uint64), np.zeros(1, np.uint64)
-    stage_weights(one, address, none, none, weight.copy())
-    ids = np.array([edges.ctypes.data], np.uint64)
-    kernels.stage_ids(kernels.INT64, one, ids, none, none, -1, one.copy())
+    zero = np.uint64(0)
+    stage_weights(np.uint64(weight.ctypes.data), zero, zero, weight.copy())
+    kernels.stage_ids(kernels.INT64, np.uint64(edges.ctypes.data), zero, zero, -1, one.copy())
     bag_sizes(order, 1, 1, 0, 1, one, edges.copy())
     fill_bags(order, 1, 1, 0, 1, np.zeros(1, np.int64), one, weight, edges, one.copy(), weight.copy())

@@ -94,6 +94,18 @@ def _common_types(files: Sequence[DataFile], types: Sequence[dict[str, pa.DataTy
     return common
 
 
+class Columns:
+    """The columns of an open row group, each to be asked for once."""
+
+    def __init__(self, reader: RowGroupReader, group: RowGroup, lazy: bool) -> None:
+        self.group, self._reader = group, reader
+        self._decoded = {} if lazy else reader.decode(group, reader.schema.columns)
+
+    def take(self, name: str) -> pa.Array:
+        """Raises DataError as `RowGroupReader.decode`."""
+        return self._decoded.pop(name) if self._decoded else self._reader.decode(self.group, [name])[name]
+
+
 class RowGroupReader:
     """Decodes row groups; keeps the files that it read last open. For one thread.
 
@@ -126,14 +138,24 @@ class RowGroupReader:
             for group, rows in enumerate(file.rows)
         ]
 
-    def read(self, group: RowGroup) -> list[pa.Array]:
-        """One array per column of the schema; ids that are strings as int64.
+    def read(self, groups: Sequence[RowGroup]) -> list[Columns]:
+        """Opens row groups. From local files a column is decoded when it is asked for, to be used while it is in the
+        cache; from an object store, and where there are many small ones, all columns of a row group at once.
+
+        Raises:
+            DataError: the file changed, or is damaged.
+        """
+        lazy = len(groups) <= _OPEN_FILES
+        return [Columns(self, group, lazy and self.files[group.file].is_local) for group in groups]
+
+    def decode(self, group: RowGroup, names: Sequence[str]) -> dict[str, pa.Array]:
+        """Columns of a row group; ids that are strings as int64.
 
         Raises:
             DataError: the file changed, is damaged, or holds a value that its column's role does not allow.
         """
-        file, columns = self.files[group.file], self.schema.columns
-        stored = [name for name in columns if name not in file.partitions]
+        file = self.files[group.file]
+        stored = [name for name in names if name not in file.partitions]
         try:
             table = self._file(group.file).read_row_group(group.group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as error:
@@ -145,12 +167,11 @@ class RowGroupReader:
             raise DataError(
                 f"{file.path}: row group {group.group} has {table.num_rows} rows, its footer says {group.rows}"
             )
-        return [
-            self._column(
-                file, name, _whole(table.column(name)) if name in stored else _constant(file, name, group.rows)
-            )
-            for name in columns
-        ]
+        arrays = {name: _whole(table.column(name)) for name in stored}
+        return {
+            name: self._column(file, name, arrays[name] if name in arrays else _constant(file, name, group.rows))
+            for name in names
+        }
 
     def _column(self, file: DataFile, name: str, array: pa.Array) -> pa.Array:
         wanted = self.types[name]

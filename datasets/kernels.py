@@ -1,9 +1,9 @@
 """Mixing, shuffling, gathering from Arrow buffers: free functions over arrays.
 
-A window's rows are numbered through its chunks (a chunk is one decoded row group). Arrow buffers come as addresses, so
-that one call serves every column and chunk of a window; the caller keeps them alive. A column is first *staged*: its
-chunks in one array, nulls filled, values transformed, in the order of the file; then rows are taken from it in the
-order of the epoch: what is sequential is cheap, and what is random touches one array that fits the cache.
+A window's rows are numbered through its chunks (a chunk is one decoded row group). Arrow buffers come as addresses; the
+caller keeps them alive. A column is first *staged*, each chunk while it is still in the cache: nulls filled, values
+transformed, in the order of the file; then rows are taken from it in the order of the epoch: what is sequential is
+cheap, and what is random touches one array that fits the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 # Storage types that the gather kernels read; everything else is cast before.
 INT8, INT32, INT64, FLOAT32, FLOAT64 = range(5)
-LOG1P_TABLE = np.log1p(np.arange(4096, dtype=np.float64)).astype(np.float32)
+LOG1P_TABLE = np.log1p(np.arange(1 << 16, dtype=np.float64)).astype(np.float32)
 LOG1P, AFFINE = range(2)
 TOO_WIDE = -2
 _BLOCK = 512  # rows staged at a time, so that rows of dense values stay in the first-level cache
@@ -97,40 +97,48 @@ def _number(kind: int, address: np.uint64, place: np.uint64) -> Any:
 
 
 @jit
-def stage_ids(kind: int, rows: Array, data: Array, valid: Array, bit: Array, missing: int, out: Array) -> int:
-    """out int64 or int32 [N] = one column of chunks of `rows` int64 [C], nulls as `missing`.
+def stage_ids(kind: int, data: np.uint64, valid: np.uint64, bit: np.uint64, missing: int, out: Array) -> int:
+    """out int64 or int32 [N] = a chunk of a column, nulls as `missing`.
 
-    kind: INT32 or INT64; data uint64 [C]: addresses of the values; valid uint64 [C]: of the bitmaps, 0 where nothing is
-    null; bit uint64 [C]: offsets into them. Returns -1, the first row whose id is negative and not `missing`, or
-    TOO_WIDE when `out` cannot hold them all.
+    kind: INT32 or INT64; data, valid uint64: addresses of the values and of the bitmap, 0 where nothing is null; bit
+    uint64: offset into it. Returns -1, the first row whose id is negative and not `missing`, or TOO_WIDE when `out`
+    cannot hold them all.
     """
-    at, present = 0, np.empty(_BLOCK, np.bool_)
-    for chunk in range(len(rows)):
-        address = data[chunk]
-        for begin in range(0, rows[chunk], _BLOCK):
-            first, size = np.uint64(begin), min(_BLOCK, rows[chunk] - begin)
-            part, own = out[at + begin : at + begin + size], present[:size]
-            _unpack(valid[chunk], bit[chunk] + first, own)
-            lowest, lost = 0, np.int64(0)
+    present = np.ones(_BLOCK, np.bool_)
+    for begin in range(0, len(out), _BLOCK):
+        first, size = np.uint64(begin), min(_BLOCK, len(out) - begin)
+        part, own = out[begin : begin + size], present[:size]
+        lowest, lost = np.int64(0), np.int64(0)
+        if valid == 0:
             for i in range(size):
-                value = _whole(kind, address, first + np.uint64(i))  # always read: a branch would be mispredicted
+                value = _whole(kind, data, first + np.uint64(i))
+                part[i] = value
+                lost |= value ^ np.int64(part[i])
+                lowest = min(lowest, np.int64(0) if value == missing else value)
+        else:
+            _unpack(valid, bit + first, own)
+            for i in range(size):
+                value = _whole(kind, data, first + np.uint64(i))  # always read: a branch would be mispredicted
                 value = value if own[i] else missing
                 part[i] = value
                 lost |= value ^ np.int64(part[i])
-                lowest = min(lowest, 0 if value == missing else value)
-            if lost != 0:
-                return TOO_WIDE
-            if lowest < 0:
-                for i in range(size):
-                    if part[i] < 0 and part[i] != missing:
-                        return at + begin + i
-        at += rows[chunk]
+                lowest = min(lowest, np.int64(0) if value == missing else value)
+        if lost != 0:
+            return TOO_WIDE
+        if lowest < 0:
+            for i in range(size):
+                if part[i] < 0 and part[i] != missing:
+                    return begin + i
     return -1
 
 
 @jit
-def _take(order: Array, first: int, share: int, f: int, features: int, staged: Array, out: Array) -> None:
-    """Feature f's ids in the order and the batches of `gather_ids`."""
+def take_ids(order: Array, first: int, share: int, f: int, features: int, staged: Array, out: Array) -> None:
+    """Feature f's ids of the rows `order` int32 [N], cut into batches; staged int32 or int64 [rows].
+
+    Batches end after `first` rows and then every `share` rows; batch by batch, out int64 [features * N] holds
+    [features, rows of the batch].
+    """
     begin, end = 0, min(first, len(order))
     while begin < len(order):
         at = features * begin + f * (end - begin)
@@ -141,55 +149,25 @@ def _take(order: Array, first: int, share: int, f: int, features: int, staged: A
 
 
 @jit
-def gather_ids(
-    order: Array,
-    rows: Array,
-    first: int,
-    share: int,
-    kinds: Array,
-    data: Array,
-    valid: Array,
-    bit: Array,
-    missing: int,
-    out: Array,
-) -> int:
-    """The ids of F features of the rows `order` int32 [N], cut into batches.
+def stage_labels(data: np.uint64, valid: np.uint64, bit: np.uint64, out: Array) -> int:
+    """out int8 [N] = a chunk of labels stored in as many; arguments as in `stage_ids`.
 
-    Batches end after `first` rows and then every `share` rows; batch by batch, out int64 [F * N] holds [F, rows of the
-    batch]. kinds int64 [F]; data, valid, bit uint64 [F, C] as in `stage_ids`. Returns -1, or row * F + feature of a
-    negative id. Ids that fit 32 bits are staged in as many: half as much of the cache.
+    Returns -1, or the first row whose label is not 0 or 1.
     """
-    features = len(kinds)
-    narrow, wide = np.empty(rows.sum(), np.int32), np.empty(rows.sum(), np.int64)
-    for f in range(features):
-        bad = stage_ids(kinds[f], rows, data[f], valid[f], bit[f], missing, narrow)
-        if bad == TOO_WIDE:
-            bad = stage_ids(kinds[f], rows, data[f], valid[f], bit[f], missing, wide)
-            _take(order, first, share, f, features, wide, out)
-        else:
-            _take(order, first, share, f, features, narrow, out)
-        if bad >= 0:
-            return bad * features + f
+    present = np.empty(len(out), np.bool_)
+    _unpack(valid, bit, present)
+    for i in range(len(out)):
+        out[i] = label = _load(data, np.uint64(i), numba.int8)
+        if (label != 0 and label != 1) or not present[i]:
+            return i
     return -1
 
 
 @jit
-def gather_labels(order: Array, rows: Array, data: Array, valid: Array, bit: Array, out: Array) -> int:
-    """out float32 [N] = the labels of the rows `order` int32 [N]; int8 storage, arguments as in `stage_ids`.
-
-    Returns -1, or the first row whose label is not 0 or 1.
-    """
-    at, staged, present = 0, np.empty(rows.sum(), np.int8), np.empty(rows.max(), np.bool_)
-    for chunk in range(len(rows)):
-        _unpack(valid[chunk], bit[chunk], present[: rows[chunk]])
-        for i in range(rows[chunk]):
-            staged[at + i] = label = _load(data[chunk], np.uint64(i), numba.int8)
-            if (label != 0 and label != 1) or not present[i]:
-                return at + i
-        at += rows[chunk]
+def take_labels(order: Array, staged: Array, out: Array) -> None:
+    """out float32 [N] = the labels int8 of the rows `order` int32 [N]."""
     for i in range(len(order)):
         out[i] = staged[np.uint64(order[i])]
-    return -1
 
 
 @jit
@@ -203,9 +181,25 @@ def _log1p(value: Any, table: Array) -> Any:
 
 
 @jit
-def _log1p_whole(value: Any, table: Array) -> Any:
-    clipped = max(value, 0)
-    return table[np.uint64(clipped)] if clipped < len(table) else np.float32(np.log1p(np.float64(clipped)))
+def _log1p_whole(
+    kind: int, address: np.uint64, first: np.uint64, present: Array, table: Array, clipped: Array, out: Array
+) -> None:
+    """`_stage_numbers` of integers and LOG1P: loops without a branch where no value is beyond the table.
+
+    clipped int64 [B]: scratch.
+    """
+    size, highest = len(out), np.int64(0)
+    for i in range(size):
+        value = _whole(kind, address, first + np.uint64(i))
+        clipped[i] = value = max(value, 0) if present[i] else 0
+        highest = max(highest, value)
+    if highest < len(table):
+        for i in range(size):
+            out[i] = table[np.uint64(clipped[i])]
+    else:
+        for i in range(size):
+            value = clipped[i]
+            out[i] = table[np.uint64(value)] if value < len(table) else np.float32(np.log1p(np.float64(value)))
 
 
 @jit
@@ -218,16 +212,15 @@ def _stage_numbers(
     table: Array,
     mean: float,
     scale: float,
+    scratch: Array,
     out: Array,
 ) -> int:
     """out (strided) float32 [B] = values first, first + 1, ... of one chunk, transformed. -1, or the first not finite.
 
-    present bool [B]: false where a value is null.
+    present bool [B]: false where a value is null; scratch int64 [B].
     """
     if transform == LOG1P and (kind == INT32 or kind == INT64):  # noqa: SIM109 - numba
-        for i in range(len(out)):
-            value = _whole(kind, address, first + np.uint64(i))
-            out[i] = _log1p_whole(value if present[i] else 0, table)
+        _log1p_whole(kind, address, first, present, table, scratch, out)
     else:
         for i in range(len(out)):
             number = _number(kind, address, first + np.uint64(i)) if present[i] else mean
@@ -238,9 +231,7 @@ def _stage_numbers(
 
 
 @jit
-def gather_dense(
-    order: Array,
-    rows: Array,
+def stage_dense(
     kinds: Array,
     data: Array,
     valid: Array,
@@ -251,30 +242,32 @@ def gather_dense(
     scale: Array,
     out: Array,
 ) -> int:
-    """out float32 [N, D] = dense values of the rows `order` int32 [N], nulls as 0.
+    """out float32 [N, D] = a chunk of D columns, nulls as 0.
 
-    kinds int64 [D]; data, valid, bit uint64 [D, C] as in `stage_ids`. transform LOG1P: ln(max(x, 0) + 1), through
+    kinds int64 [D]; data, valid, bit uint64 [D] as in `stage_ids`. transform LOG1P: ln(max(x, 0) + 1), through
     `table` (LOG1P_TABLE) for small integers; AFFINE: (x - mean) * scale, float64 [D] each. Returns -1, or row * D +
     column of a value that is NaN or infinite.
     """
-    width, at = len(kinds), 0
-    staged, present = np.empty((rows.sum(), width), np.float32), np.empty(_BLOCK, np.bool_)
-    for chunk in range(len(rows)):
-        for begin in range(0, rows[chunk], _BLOCK):
-            first, size = np.uint64(begin), min(_BLOCK, rows[chunk] - begin)
-            block, own = staged[at + begin : at + begin + size], present[:size]
-            for k in range(width):
-                _unpack(valid[k, chunk], bit[k, chunk] + first, own)
-                address, column = data[k, chunk], block[:, k]
-                bad = _stage_numbers(kinds[k], address, first, own, transform, table, mean[k], scale[k], column)
-                if bad >= 0:
-                    return (at + begin + bad) * width + k
-        at += rows[chunk]
+    width, present, scratch = len(kinds), np.empty(_BLOCK, np.bool_), np.empty(_BLOCK, np.int64)
+    for begin in range(0, len(out), _BLOCK):
+        first, size = np.uint64(begin), min(_BLOCK, len(out) - begin)
+        block, own = out[begin : begin + size], present[:size]
+        for k in range(width):
+            _unpack(valid[k], bit[k] + first, own)
+            shift, column = (mean[k], scale[k]), block[:, k]
+            bad = _stage_numbers(kinds[k], data[k], first, own, transform, table, *shift, scratch, column)
+            if bad >= 0:
+                return (begin + bad) * width + k
+    return -1
+
+
+@jit
+def take_dense(order: Array, staged: Array, out: Array) -> None:
+    """out float32 [N, D] = the rows `order` int32 [N] of float32 [rows, D]."""
     for i in range(len(order)):
         row = np.uint64(order[i])
-        for k in range(width):
+        for k in range(staged.shape[1]):
             out[i, k] = staged[row, k]
-    return -1
 
 
 def warm_up() -> None:
@@ -282,10 +275,13 @@ def warm_up() -> None:
     order, rows = np.arange(1, dtype=np.int32), np.ones(1, np.int64)
     shuffle(order, np.uint64(mix(np.uint64(0), np.uint64(0))))
     shuffle(rows, np.uint64(0))
-    value = np.zeros(1, np.int64)
-    address, none = np.full((1, 1), value.ctypes.data, np.uint64), np.zeros((1, 1), np.uint64)
-    kinds, zero = np.full(1, INT64), np.zeros(1)
-    gather_labels(order, rows, address[0], none[0], none[0], np.empty(1, np.float32))
-    dense = np.empty((1, 1), np.float32)
-    gather_dense(order, rows, kinds, address, none, none, LOG1P, LOG1P_TABLE, zero, zero, dense)
-    gather_ids(order, rows, 1, 1, kinds, address, none, none, -1, np.empty(1, np.int64))
+    value, labels = np.zeros(1, np.int64), np.zeros(1, np.int8)
+    address, none = np.full(1, value.ctypes.data, np.uint64), np.zeros(1, np.uint64)
+    stage_labels(address[0], none[0], none[0], labels)
+    take_labels(order, labels, np.empty(1, np.float32))
+    dense, zero = np.empty((1, 1), np.float32), np.zeros(1)
+    stage_dense(np.full(1, INT64), address, none, none, LOG1P, LOG1P_TABLE, zero, zero, dense)
+    take_dense(order, dense, dense.copy())
+    for staged in (np.empty(1, np.int32), np.empty(1, np.int64)):
+        stage_ids(INT64, address[0], none[0], none[0], -1, staged)
+        take_ids(order, 1, 1, 0, 1, staged, np.empty(1, np.int64))

@@ -12,6 +12,8 @@ from .kernels import LOG1P_TABLE, mix
 
 Array = np.ndarray[Any, Any]
 
+_LOG1P = LOG1P_TABLE[:4096]  # part of what a seed means: beyond it the logarithm is not rounded to float32
+
 
 @jit
 def _unit(value: np.uint64, key: np.uint64) -> Any:
@@ -102,7 +104,7 @@ def add_dense(dense: Array, weight: float, out: Array) -> None:
     for k in range(len(dense)):
         signed = weight if k % 2 == 0 else -weight
         for b in range(len(out)):
-            value = LOG1P_TABLE[dense[k, b]] if 0 <= dense[k, b] < len(LOG1P_TABLE) else math.log1p(dense[k, b])
+            value = _LOG1P[dense[k, b]] if 0 <= dense[k, b] < len(_LOG1P) else math.log1p(dense[k, b])
             out[b] += signed * (value - 1.0)
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
 import datasets_reference as reference
 
 RNG = np.random.default_rng(5)
+NONE = np.uint64(0)
 
 
 def test_mix_is_splitmix64():
@@ -33,13 +34,14 @@ def test_shuffle_is_the_plain_fisher_yates(size):
     assert sorted(items.tolist()) == list(range(size))
 
 
-def _addresses(chunks: list[pa.Array]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    data, valid, bit = np.zeros((3, 1, len(chunks)), np.uint64)
-    for c, chunk in enumerate(chunks):
-        bitmap, values = chunk.buffers()
-        data[0, c] = values.address + chunk.offset * chunk.type.bit_width // 8
-        valid[0, c], bit[0, c] = (bitmap.address, chunk.offset) if chunk.null_count else (0, 0)
-    return data, valid, bit
+def _address(chunk: pa.Array) -> tuple[np.uint64, np.uint64, np.uint64]:
+    bitmap, values = chunk.buffers()
+    begin = np.uint64(values.address + chunk.offset * chunk.type.bit_width // 8)
+    return (begin, np.uint64(bitmap.address), np.uint64(chunk.offset)) if chunk.null_count else (begin, NONE, NONE)
+
+
+def _addresses(columns: list[pa.Array]) -> np.ndarray:
+    return np.array([_address(column) for column in columns], np.uint64).T.copy()
 
 
 def _chunks(kind: pa.DataType, low: int, high: int, null_share: float) -> list[pa.Array]:
@@ -49,9 +51,6 @@ def _chunks(kind: pa.DataType, low: int, high: int, null_share: float) -> list[p
         pa.array(values, kind, mask=RNG.random(700) < null_share).slice(13, 600),
         pa.array(values[99::-1].copy(), kind),
     ]
-
-
-ROWS = np.array([600, 100])
 
 
 def _order(rows: int = 700) -> np.ndarray:
@@ -68,11 +67,15 @@ def _plain(chunks: list[pa.Array]) -> list:
     ("kind", "code", "high"),
     [(pa.int32(), kernels.INT32, 2**31), (pa.int64(), kernels.INT64, 2**31), (pa.int64(), kernels.INT64, 2**40)],
 )
-def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code, high):
+def test_ids_of_any_chunk_with_nulls_filled_and_cut_into_batches(kind, code, high):
     columns = [_chunks(kind, 0, high, 0.3) for _ in range(3)]
     order, out = _order(), np.empty(3 * 700, np.int64)
-    addresses = [np.concatenate(parts) for parts in zip(*map(_addresses, columns), strict=True)]
-    assert kernels.gather_ids(order, ROWS, 13, 256, np.full(3, code), *addresses, -7, out) == -1
+    for f, chunks in enumerate(columns):
+        staged, at = np.empty(700, np.int64 if high > 2**31 else np.int32), 0
+        for chunk in chunks:
+            assert kernels.stage_ids(code, *_address(chunk), -7, staged[at : at + len(chunk)]) == -1
+            at += len(chunk)
+        kernels.take_ids(order, 13, 256, f, 3, staged, out)
     expected: list[int] = []
     for begin, end in ((0, 13), (13, 269), (269, 525), (525, 700)):
         for chunks in columns:
@@ -81,13 +84,19 @@ def test_gather_ids_reads_any_chunk_fills_nulls_and_cuts_batches(kind, code, hig
     assert out.tolist() == expected
 
 
-def test_gather_ids_points_at_the_first_negative_id():
-    for last in (-3, 2**40, -(2**40)):
-        chunks = [pa.array([5, None, -7]), pa.array([3, -7, -2, last])]
-        rows, out = np.array([3, 4]), np.empty(7, np.int64)
-        arguments = (_order(7), rows, 7, 7, np.array([kernels.INT64]), *_addresses(chunks))
-        assert kernels.gather_ids(*arguments, -7, out) == 5
-        assert kernels.gather_ids(*arguments, -1, out) == 2
+@pytest.mark.parametrize("null", [3, None])
+def test_stage_ids_points_at_the_first_negative_id(null):
+    ids = pa.array([5, null, -7, 3, -7, -2, 4])
+    for out in (np.empty(7, np.int64), np.empty(7, np.int32)):
+        assert kernels.stage_ids(kernels.INT64, *_address(ids), -7, out) == 5
+        assert kernels.stage_ids(kernels.INT64, *_address(ids), -1, out) == 2
+
+
+@pytest.mark.parametrize("null", [3, None])
+@pytest.mark.parametrize("wide", [2**31, -(2**31) - 1, 2**40])
+def test_stage_ids_says_what_does_not_fit_32_bits(wide, null):
+    ids = pa.array([5, null, wide])
+    assert kernels.stage_ids(kernels.INT64, *_address(ids), -1, np.empty(3, np.int32)) == kernels.TOO_WIDE
 
 
 @pytest.mark.parametrize("transform", ["log1p", "none", "standardise"])
@@ -100,13 +109,17 @@ def test_gather_ids_points_at_the_first_negative_id():
         (pa.float64(), kernels.FLOAT64),
     ],
 )
-def test_gather_dense_transforms_and_fills_nulls(kind, code, transform):
-    chunks = _chunks(kind, -3, 10_000, 0.3)
-    order, out = _order(), np.empty((700, 1), np.float32)
+def test_dense_values_are_transformed_and_nulls_filled(kind, code, transform):
+    chunks = _chunks(kind, -3, 100_000, 0.3)
+    order, staged, out = _order(), np.empty((700, 1), np.float32), np.empty((700, 1), np.float32)
     mean, scale = (4000.0, 0.25) if transform == "standardise" else (0.0, 1.0)
     way = kernels.LOG1P if transform == "log1p" else kernels.AFFINE
-    arguments = (way, kernels.LOG1P_TABLE, np.array([mean]), np.array([scale]), out)
-    assert kernels.gather_dense(order, ROWS, np.array([code]), *_addresses(chunks), *arguments) == -1
+    at = 0
+    for chunk in chunks:
+        arguments = (way, kernels.LOG1P_TABLE, np.array([mean]), np.array([scale]), staged[at : at + len(chunk)])
+        assert kernels.stage_dense(np.array([code]), *_addresses([chunk]), *arguments) == -1
+        at += len(chunk)
+    kernels.take_dense(order, staged, out)
     values = [_plain(chunks)[row] for row in order]
     if transform == "log1p":
         expected = [reference.log1p(v) for v in values]
@@ -115,33 +128,30 @@ def test_gather_dense_transforms_and_fills_nulls(kind, code, transform):
     assert out[:, 0].tolist() == expected
 
 
-def test_gather_dense_of_two_columns_over_many_blocks():
-    rows = 2000
-    values = RNG.integers(0, 9, (2, rows))
-    addresses = [np.concatenate(parts) for parts in zip(*(_addresses([pa.array(v)]) for v in values), strict=True)]
-    order, out = _order(rows), np.empty((rows, 2), np.float32)
-    zero, one = np.zeros(2), np.ones(2)
+def test_dense_values_of_two_columns_over_many_blocks():
+    values = RNG.integers(0, 9, (2, 2000))
+    out, zero, one = np.empty((2000, 2), np.float32), np.zeros(2), np.ones(2)
     arguments = (kernels.AFFINE, kernels.LOG1P_TABLE, zero, one, out)
-    assert kernels.gather_dense(order, np.array([rows]), np.full(2, kernels.INT64), *addresses, *arguments) == -1
-    assert np.array_equal(out, values.T[order])
+    addresses = _addresses([pa.array(v) for v in values])
+    assert kernels.stage_dense(np.full(2, kernels.INT64), *addresses, *arguments) == -1
+    assert np.array_equal(out, values.T)
 
 
-def test_gather_dense_points_at_nan_and_infinity():
+def test_stage_dense_points_at_nan_and_infinity():
     for bad in (np.nan, np.inf):
         chunk = pa.array(np.array([0.5, bad, 2.0]))
         arguments = (kernels.LOG1P, kernels.LOG1P_TABLE, np.zeros(1), np.ones(1), np.empty((3, 1), np.float32))
-        kinds = np.array([kernels.FLOAT64])
-        assert kernels.gather_dense(_order(3), np.array([3]), kinds, *_addresses([chunk]), *arguments) == 1
+        assert kernels.stage_dense(np.array([kernels.FLOAT64]), *_addresses([chunk]), *arguments) == 1
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [1, 0, None], [0, 0, -1]])
-def test_gather_labels_points_at_what_is_neither_0_nor_1(labels):
+def test_stage_labels_points_at_what_is_neither_0_nor_1(labels):
     chunk = pa.array(labels, pa.int8())
-    data, valid, bit = _addresses([chunk])
-    order, out = np.array([1, 0, 2], np.int32), np.empty(3, np.float32)
-    assert kernels.gather_labels(order, np.array([3]), data[0], valid[0], bit[0], out) == 2
-    assert kernels.gather_labels(order[:2], np.array([2]), data[0], valid[0], bit[0], out) == -1
-    assert out[:2].tolist() == labels[1::-1]
+    staged, out = np.empty(3, np.int8), np.empty(2, np.float32)
+    assert kernels.stage_labels(*_address(chunk), staged) == 2
+    assert kernels.stage_labels(*_address(chunk), staged[:2]) == -1
+    kernels.take_labels(np.array([1, 0], np.int32), staged, out)
+    assert out.tolist() == labels[1::-1]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +252,7 @@ def test_nothing_is_compiled_while_batches_are_read(tmp_path, monkeypatch):
     pq.write_table(pa.table({"y": [0, 1], "b": [["c"], ["d", "e"]], "w": [[1.0], [1.0, 0.5]]}), tmp_path / "q")
     used = []
     for module, names in (
-        (kernels, ("gather_labels", "gather_dense", "gather_ids", "stage_ids")),
+        (kernels, ("stage_labels", "take_labels", "stage_dense", "take_dense", "stage_ids", "take_ids")),
         (bag_kernels, ("hash_strings", "stage_weights", "bag_sizes", "fill_bags")),
     ):
         for name in names:  # as in a process that has called none of them

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from embershard.datasets.decode import RowGroupReader
 from embershard.datasets.files import load_schema
-from embershard.datasets.order import Cursor, CursorError
+from embershard.datasets.order import Cursor, CursorError, Window
 from embershard.datasets.schema import DataConfig, DataError
-from embershard.datasets.stream import ParquetStream
+from embershard.datasets.stream import ParquetStream, join
+from embershard.datasets.window import DecodedWindow
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "oracles"))
 import datasets_reference as reference
@@ -67,6 +68,21 @@ def test_without_shuffle_rows_come_as_they_lie_on_disk(folder):
     assert first.dense.flags.c_contiguous
     assert first.ids.features == ("c1", "c2")
     assert first.ids.values.dtype == np.int64
+
+
+def test_a_window_of_several_row_groups_whose_later_ids_need_64_bits(tmp_path):
+    ids = np.arange(150)
+    ids[60] = 2**40
+    write(tmp_path, {"a.parquet": table(150, c1=pa.array(ids, mask=ids % 7 == 3))})
+    one = stream(tmp_path)
+    order = np.random.default_rng(3).permutation(150).astype(np.int32)
+    window = DecodedWindow(one.reader, Window(0, tuple(one.reader.row_groups())), order, 20, 64, -1)
+    pieces = []
+    while not window.exhausted:
+        pieces.append(window.take())
+    batch = join(("c1", "c2"), pieces, 2, False, 150)
+    rows = reference.read_rows(tmp_path, one.schema)
+    assert reference.batch_rows(batch) == [rows[row] for row in order]
 
 
 def test_shuffled_epochs_hold_every_row_once_in_different_orders(folder):
@@ -289,7 +305,7 @@ def test_file_that_appears_during_an_epoch(folder):
 def test_next_epoch_is_read_ahead_while_one_ends(folder, monkeypatch):
     decoded = []
     read = RowGroupReader.read
-    monkeypatch.setattr(RowGroupReader, "read", lambda self, group: decoded.append(group) or read(self, group))
+    monkeypatch.setattr(RowGroupReader, "read", lambda self, groups: decoded.extend(groups) or read(self, groups))
     one, plain = stream(folder), stream(folder)
     groups = len(one.reader.row_groups())
     batches = one.batches(0, then=1)
