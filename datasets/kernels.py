@@ -12,6 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -25,6 +26,7 @@ LOG1P_TABLE = np.log1p(np.arange(1 << 16, dtype=np.float64)).astype(np.float32)
 LOG1P, AFFINE = range(2)
 TOO_WIDE = -2
 _BLOCK = 512  # rows staged at a time, so that rows of dense values stay in the first-level cache
+_AHEAD = 16  # rows between a prefetch and its use
 
 
 @intrinsic
@@ -38,6 +40,20 @@ def _load(typing_context: Any, address: Any, place: Any, kind: Any) -> Any:
         return loaded
 
     return kind.dtype(types.uint64, types.uint64, kind), generate
+
+
+@intrinsic
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks for the cache line of an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, word = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        hint = builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
+        builder.call(hint, [pointer, word(0), word(3), word(1)])  # for reading, keep in all levels, data
+        return context.get_dummy_value()
+
+    return types.none(types.uint64), generate
 
 
 @jit
@@ -264,7 +280,12 @@ def stage_dense(
 @jit
 def take_dense(order: Array, staged: Array, out: Array) -> None:
     """out float32 [N, D] = the rows `order` int32 [N] of float32 [rows, D]."""
+    begin, size, last = np.uint64(staged.ctypes.data), np.uint64(4 * staged.shape[1]), len(order) - 1
     for i in range(len(order)):
+        ahead = begin + np.uint64(order[min(i + _AHEAD, last)]) * size
+        for line in range(0, size, 64):
+            _prefetch(ahead + np.uint64(line))
+        _prefetch(ahead + size - np.uint64(1))
         row = np.uint64(order[i])
         for k in range(staged.shape[1]):
             out[i, k] = staged[row, k]
