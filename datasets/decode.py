@@ -98,12 +98,14 @@ class Columns:
     """The columns of an open row group, each to be asked for once."""
 
     def __init__(self, reader: RowGroupReader, group: RowGroup, lazy: bool) -> None:
-        self.group, self._reader = group, reader
-        self._decoded = {} if lazy else reader.decode(group, reader.schema.columns)
+        self.group, self._reader, self._parquet = group, reader, reader.open(group)
+        self._decoded = {} if lazy else reader.decode(self._parquet, group, reader.schema.columns)
 
     def take(self, name: str) -> pa.Array:
         """Raises DataError as `RowGroupReader.decode`."""
-        return self._decoded.pop(name) if self._decoded else self._reader.decode(self.group, [name])[name]
+        if self._decoded:
+            return self._decoded.pop(name)
+        return self._reader.decode(self._parquet, self.group, [name])[name]
 
 
 class RowGroupReader:
@@ -139,8 +141,8 @@ class RowGroupReader:
         ]
 
     def read(self, groups: Sequence[RowGroup]) -> list[Columns]:
-        """Opens row groups. From local files a column is decoded when it is asked for, to be used while it is in the
-        cache; from an object store, and where there are many small ones, all columns of a row group at once.
+        """The columns of row groups. From local files each is decoded when it is asked for, to be used while it is in
+        the cache; from an object store, and where there are many small row groups, all columns of one at once.
 
         Raises:
             DataError: the file changed, or is damaged.
@@ -148,16 +150,16 @@ class RowGroupReader:
         lazy = len(groups) <= _OPEN_FILES
         return [Columns(self, group, lazy and self.files[group.file].is_local) for group in groups]
 
-    def decode(self, group: RowGroup, names: Sequence[str]) -> dict[str, pa.Array]:
-        """Columns of a row group; ids that are strings as int64.
+    def decode(self, parquet: pq.ParquetFile, group: RowGroup, names: Sequence[str]) -> dict[str, pa.Array]:
+        """Columns of a row group of an open file; ids that are strings as int64.
 
         Raises:
-            DataError: the file changed, is damaged, or holds a value that its column's role does not allow.
+            DataError: the file is damaged, or holds a value that its column's role does not allow.
         """
         file = self.files[group.file]
         stored = [name for name in names if name not in file.partitions]
         try:
-            table = self._file(group.file).read_row_group(group.group, columns=stored, use_threads=False)
+            table = parquet.read_row_group(group.group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             line = str(error).splitlines()[0].rstrip(".")
             raise DataError(
@@ -190,7 +192,9 @@ class RowGroupReader:
             expected = "labels must be 0 or 1" if name == self.schema.label else f"values must fit {wanted}"
             raise DataError(f"{file.path}: column {name!r}: {expected}: {str(error).splitlines()[0]}") from error
 
-    def _file(self, number: int) -> pq.ParquetFile:
+    def open(self, group: RowGroup) -> pq.ParquetFile:
+        """The row group's file. Raises DataError when it has vanished or changed."""
+        number = group.file
         if number in self._open:
             self._open.move_to_end(number)
             if self.files[number].is_local:  # one system call; remote files are listed again at the end
