@@ -70,10 +70,11 @@ def test_without_shuffle_rows_come_as_they_lie_on_disk(folder):
     assert first.ids.values.dtype == np.int64
 
 
-def test_a_window_of_several_row_groups_whose_later_ids_need_64_bits(tmp_path):
+@pytest.mark.parametrize("row_group_size", [50, 3])  # decoded column by column, and whole
+def test_a_window_of_several_row_groups_whose_later_ids_need_64_bits(tmp_path, row_group_size):
     ids = np.arange(150)
     ids[60] = 2**40
-    write(tmp_path, {"a.parquet": table(150, c1=pa.array(ids, mask=ids % 7 == 3))})
+    write(tmp_path, {"a.parquet": table(150, c1=pa.array(ids, mask=ids % 7 == 3))}, row_group_size)
     one = stream(tmp_path)
     order = np.random.default_rng(3).permutation(150).astype(np.int32)
     window = DecodedWindow(one.reader, Window(0, tuple(one.reader.row_groups())), order, 20, 64, -1)
