@@ -19,7 +19,10 @@ LABEL = pa.int8()
 HASHED = pa.string()  # stands for all types of text and bytes; handed out as int64
 _NUMBERS = (pa.int32(), pa.int64(), pa.float32(), pa.float64())
 _WEIGHTS = pa.large_list(pa.float32())
-_OPEN_FILES = 32
+_OPEN_FILES = 256
+_FOOTER_BYTES = 128 << 20  # of open files together; reading a footer anew takes as long as decoding thousands of rows
+_FOOTER_GROWTH = 6  # bytes in memory per byte on disk
+_LAZY_GROUPS = 32
 _OFFSET_BYTES = _ID_BYTES = 8
 
 
@@ -109,7 +112,7 @@ class Columns:
 
 
 class RowGroupReader:
-    """Decodes row groups; keeps the files that it read last open. For one thread.
+    """Decodes row groups; keeps the files that it read last open, in bounded memory. For one thread.
 
     Where there are bags or strings, their kernels are compiled, or loaded from the cache, before anything is read.
     """
@@ -147,7 +150,7 @@ class RowGroupReader:
         Raises:
             DataError: the file changed, or is damaged.
         """
-        lazy = len(groups) <= _OPEN_FILES
+        lazy = len(groups) <= _LAZY_GROUPS
         return [Columns(self, group, lazy and self.files[group.file].is_local) for group in groups]
 
     def decode(self, parquet: pq.ParquetFile, group: RowGroup, names: Sequence[str]) -> dict[str, pa.Array]:
@@ -202,9 +205,12 @@ class RowGroupReader:
         else:
             file = self.files[number]
             self._open[number] = file.open([name for name in self._hashed if name not in file.partitions])
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
+            while len(self._open) > 1 and (len(self._open) > _OPEN_FILES or self._footers() > _FOOTER_BYTES):
+                self._open.popitem(last=False)  # closed when no row group of it is being read
         return self._open[number]
+
+    def _footers(self) -> int:
+        return sum(parquet.metadata.serialized_size for parquet in self._open.values()) * _FOOTER_GROWTH
 
     def close(self) -> None:
         while self._open:
