@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embershard.datasets import decode
 from embershard.datasets.decode import RowGroupReader
 from embershard.datasets.files import load_schema
+from embershard.datasets.footers import DataFile
 from embershard.datasets.order import Cursor, CursorError, Window
 from embershard.datasets.schema import DataConfig, DataError
 from embershard.datasets.stream import ParquetStream, join
@@ -147,6 +149,20 @@ def test_cursor_counts_what_was_handed_out_only_and_must_fit(folder):
     for other, epoch in ((one, 1), (stream(folder, seed=1), 0), (stream(folder, window_bytes=7), 0)):
         with pytest.raises(CursorError, match="another epoch or with other files, another seed"):
             other.batches(epoch, cursor)
+
+
+@pytest.mark.parametrize(("limit", "most_open"), [(1 << 30, 40), (1, 1)])
+def test_files_stay_open_as_long_as_their_footers_fit(tmp_path, monkeypatch, limit, most_open):
+    write(tmp_path, {f"{k:02}.parquet": table(20, seed=k) for k in range(40)}, row_group_size=5)
+    monkeypatch.setattr(decode, "_FOOTER_BYTES", limit)
+    opened, open_file = [], DataFile.open
+    monkeypatch.setattr(DataFile, "open", lambda self, *names: opened.append(self.name) or open_file(self, *names))
+    one = stream(tmp_path)
+    rows = [row for batch in one.batches(0) for row in reference.batch_rows(batch)]
+    assert sorted(rows) == sorted(reference.read_rows(tmp_path, one.schema))
+    assert len(set(opened)) == 40
+    assert (len(opened) == 40) == (most_open == 40)
+    assert len(one.reader._open) == most_open
 
 
 def test_closing_in_the_middle_ends_the_threads_and_the_stream_goes_on(folder):
