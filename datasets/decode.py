@@ -164,10 +164,7 @@ class RowGroupReader:
         try:
             table = parquet.read_row_group(group.group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            line = str(error).splitlines()[0].rstrip(".")
-            raise DataError(
-                f"{file.path}: row group {group.group} cannot be read, the file is damaged: {line}"
-            ) from error
+            raise _unreadable(file, group, error) from error
         if table.num_rows != group.rows:
             raise DataError(
                 f"{file.path}: row group {group.group} has {table.num_rows} rows, its footer says {group.rows}"
@@ -196,7 +193,7 @@ class RowGroupReader:
             raise DataError(f"{file.path}: column {name!r}: {expected}: {str(error).splitlines()[0]}") from error
 
     def open(self, group: RowGroup) -> pq.ParquetFile:
-        """The row group's file. Raises DataError when it has vanished or changed."""
+        """The row group's file. Raises DataError when it has vanished, changed or cannot be read."""
         number = group.file
         if number in self._open:
             self._open.move_to_end(number)
@@ -204,17 +201,25 @@ class RowGroupReader:
                 self.files[number].check()
         else:
             file = self.files[number]
-            self._open[number] = file.open([name for name in self._hashed if name not in file.partitions])
+            try:
+                self._open[number] = file.open([name for name in self._hashed if name not in file.partitions])
+            except (pa.ArrowException, OSError) as error:
+                raise _unreadable(file, group, error) from error
             while len(self._open) > 1 and (len(self._open) > _OPEN_FILES or self._footers() > _FOOTER_BYTES):
                 self._open.popitem(last=False)  # closed when no row group of it is being read
         return self._open[number]
 
     def _footers(self) -> int:
-        return sum(parquet.metadata.serialized_size for parquet in self._open.values()) * _FOOTER_GROWTH
+        return sum(int(parquet.metadata.serialized_size) for parquet in self._open.values()) * _FOOTER_GROWTH
 
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
+
+
+def _unreadable(file: DataFile, group: RowGroup, error: Exception) -> DataError:
+    line = str(error).splitlines()[0].rstrip(".")
+    return DataError(f"{file.path}: row group {group.group} cannot be read, the file is damaged: {line}")
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

@@ -124,13 +124,13 @@ def stage_ids(kind: int, data: np.uint64, valid: np.uint64, bit: np.uint64, miss
     for begin in range(0, len(out), _BLOCK):
         first, size = np.uint64(begin), min(_BLOCK, len(out) - begin)
         part, own = out[begin : begin + size], present[:size]
-        lowest, lost = np.int64(0), np.int64(0)
+        lowest, lost = 0, np.int64(0)
         if valid == 0:
             for i in range(size):
                 value = _whole(kind, data, first + np.uint64(i))
                 part[i] = value
                 lost |= value ^ np.int64(part[i])
-                lowest = min(lowest, np.int64(0) if value == missing else value)
+                lowest = min(lowest, 0 if value == missing else value)
         else:
             _unpack(valid, bit + first, own)
             for i in range(size):
@@ -138,7 +138,7 @@ def stage_ids(kind: int, data: np.uint64, valid: np.uint64, bit: np.uint64, miss
                 value = value if own[i] else missing
                 part[i] = value
                 lost |= value ^ np.int64(part[i])
-                lowest = min(lowest, np.int64(0) if value == missing else value)
+                lowest = min(lowest, 0 if value == missing else value)
         if lost != 0:
             return TOO_WIDE
         if lowest < 0:
@@ -204,7 +204,7 @@ def _log1p_whole(
 
     clipped int64 [B]: scratch.
     """
-    size, highest = len(out), np.int64(0)
+    size, highest = len(out), 0
     for i in range(size):
         value = _whole(kind, address, first + np.uint64(i))
         clipped[i] = value = max(value, 0) if present[i] else 0

@@ -99,9 +99,9 @@ class DecodedWindow:
             mean = np.array([column.mean or 0.0 for column in schema.dense])
             scale = np.array([1.0 / column.deviation if column.deviation else 0.0 for column in schema.dense])
         kinds = np.array([_KINDS[column.type] for column in columns], np.int64)
-        addresses = np.array([_address(column) for column in columns], np.uint64).reshape(-1, 3).T.copy()
+        data, valid, bit = np.array([_address(column) for column in columns], np.uint64).reshape(-1, 3).T.copy()
         way = _TRANSFORMS[schema.dense_transform]
-        bad = kernels.stage_dense(kinds, *addresses, way, kernels.LOG1P_TABLE, mean, scale, out)
+        bad = kernels.stage_dense(kinds, data, valid, bit, way, kernels.LOG1P_TABLE, mean, scale, out)
         if bad >= 0:
             row, k = divmod(bad, len(columns))
             advice = "write a null where a value is missing"
