@@ -22,7 +22,6 @@ _WEIGHTS = pa.large_list(pa.float32())
 _OPEN_FILES = 256
 _FOOTER_BYTES = 128 << 20  # of open files together; reading a footer anew takes as long as decoding thousands of rows
 _FOOTER_GROWTH = 6  # bytes in memory per byte on disk
-_LAZY_GROUPS = 32
 _OFFSET_BYTES = _ID_BYTES = 8
 
 
@@ -98,17 +97,13 @@ def _common_types(files: Sequence[DataFile], types: Sequence[dict[str, pa.DataTy
 
 
 class Columns:
-    """The columns of an open row group, each to be asked for once."""
+    """The columns of a decoded row group, each to be asked for once: then its memory is free for the next."""
 
-    def __init__(self, reader: RowGroupReader, group: RowGroup, lazy: bool) -> None:
-        self.group, self._reader, self._parquet = group, reader, reader.open(group)
-        self._decoded = {} if lazy else reader.decode(self._parquet, group, reader.schema.columns)
+    def __init__(self, group: RowGroup, decoded: dict[str, pa.Array]) -> None:
+        self.group, self._decoded = group, decoded
 
     def take(self, name: str) -> pa.Array:
-        """Raises DataError as `RowGroupReader.decode`."""
-        if self._decoded:
-            return self._decoded.pop(name)
-        return self._reader.decode(self._parquet, self.group, [name])[name]
+        return self._decoded.pop(name)
 
 
 class RowGroupReader:
@@ -143,22 +138,13 @@ class RowGroupReader:
             for group, rows in enumerate(file.rows)
         ]
 
-    def read(self, groups: Sequence[RowGroup]) -> list[Columns]:
-        """The columns of row groups. From local files each is decoded when it is asked for, to be used while it is in
-        the cache; from an object store, and where there are many small row groups, all columns of one at once.
+    def read(self, group: RowGroup) -> Columns:
+        """The columns of a row group; ids that are strings as int64.
 
         Raises:
-            DataError: the file changed, or is damaged.
+            DataError: the file changed, is damaged, or holds a value that its column's role does not allow.
         """
-        lazy = len(groups) <= _LAZY_GROUPS
-        return [Columns(self, group, lazy and self.files[group.file].is_local) for group in groups]
-
-    def decode(self, parquet: pq.ParquetFile, group: RowGroup, names: Sequence[str]) -> dict[str, pa.Array]:
-        """Columns of a row group of an open file; ids that are strings as int64.
-
-        Raises:
-            DataError: the file is damaged, or holds a value that its column's role does not allow.
-        """
+        names, parquet = self.schema.columns, self._file(group)
         file = self.files[group.file]
         stored = [name for name in names if name not in file.partitions]
         try:
@@ -170,10 +156,13 @@ class RowGroupReader:
                 f"{file.path}: row group {group.group} has {table.num_rows} rows, its footer says {group.rows}"
             )
         arrays = {name: _whole(table.column(name)) for name in stored}
-        return {
-            name: self._column(file, name, arrays[name] if name in arrays else _constant(file, name, group.rows))
-            for name in names
-        }
+        return Columns(
+            group,
+            {
+                name: self._column(file, name, arrays[name] if name in arrays else _constant(file, name, group.rows))
+                for name in names
+            },
+        )
 
     def _column(self, file: DataFile, name: str, array: pa.Array) -> pa.Array:
         wanted = self.types[name]
@@ -192,7 +181,7 @@ class RowGroupReader:
             expected = "labels must be 0 or 1" if name == self.schema.label else f"values must fit {wanted}"
             raise DataError(f"{file.path}: column {name!r}: {expected}: {str(error).splitlines()[0]}") from error
 
-    def open(self, group: RowGroup) -> pq.ParquetFile:
+    def _file(self, group: RowGroup) -> pq.ParquetFile:
         """The row group's file. Raises DataError when it has vanished, changed or cannot be read."""
         number = group.file
         if number in self._open:
@@ -206,7 +195,7 @@ class RowGroupReader:
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(file, group, error) from error
             while len(self._open) > 1 and (len(self._open) > _OPEN_FILES or self._footers() > _FOOTER_BYTES):
-                self._open.popitem(last=False)  # closed when no row group of it is being read
+                self._open.popitem(last=False)[1].close()
         return self._open[number]
 
     def _footers(self) -> int:

@@ -110,7 +110,7 @@ def _count(files: Sequence[DataFile], schema: Schema) -> tuple[int, int, IdSketc
     groups = reader.row_groups()
     first = 1 + len(schema.dense)
     for group in groups[:: -(-len(groups) // _COUNTED_GROUPS) or 1]:
-        (columns,) = reader.read([group])
+        columns = reader.read(group)
         arrays = [columns.take(name) for name in schema.columns]
         rows += group.rows
         positives += pc.sum(pc.equal(arrays[0], 1)).as_py() or 0

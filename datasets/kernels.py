@@ -1,9 +1,9 @@
 """Mixing, shuffling, gathering from Arrow buffers: free functions over arrays.
 
 A window's rows are numbered through its chunks (a chunk is one decoded row group). Arrow buffers come as addresses; the
-caller keeps them alive. A column is first *staged*, each chunk while it is still in the cache: nulls filled, values
-transformed, in the order of the file; then rows are taken from it in the order of the epoch: what is sequential is
-cheap, and what is random touches one array that fits the cache.
+caller keeps them alive. A column is first *staged*: its chunks in one array, nulls filled, values transformed, in the
+order of the file; then rows are taken from it in the order of the epoch: what is sequential is cheap, and what is
+random touches one array that fits the cache.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class DecodedWindow:
         self._schema, self._cuts, self._at = reader.schema, (first, share), 0
         self._offsets: np.ndarray | None = None
         self._weights: np.ndarray | None = None
-        groups = reader.read(window.groups)
+        groups = [reader.read(group) for group in window.groups]
         self._labels = self._take_labels(order, groups)
         self._dense = self._take_dense(order, groups)
         if self._schema.has_bags:
