@@ -24,6 +24,7 @@ def scale(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="How many workers, in the range of cluster.workers.")
     ] = None,
+    give_up: Annotated[bool, typer.Option("--give-up", help="End the change of shards that is under way.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -34,19 +35,23 @@ def scale(
       embershard scale runs/20260101-120000-train --shards 5
       embershard scale runs/20260101-120000-train --shards 2 --json
       embershard scale runs/20260101-120000-train --workers 4
+      embershard scale runs/20260101-120000-train --give-up
 
-    Shards: training goes on; every block has one owner at every moment. Given up half way (Ctrl-C here does not stop
-    it), the same command goes on with what is left. Workers: the group begins again with as many, if there is room for
-    them, from a checkpoint that it writes at the next step boundary; no step is done again.
+    Shards: training goes on; every block has one owner at every moment. Ctrl-C here does not stop it, --give-up from
+    another terminal does: what has moved stays, and the same command goes on with what is left. Workers: the group
+    begins again with as many, if there is room for them, from a checkpoint that it writes at the next step boundary; no
+    step is done again.
     """
     from .progress import ProgressReporter
 
-    if shards is None and workers is None:
-        raise ConfigError("scale: say how many: --shards N, --workers N, or both")
+    if (shards is None and workers is None) != give_up:
+        raise ConfigError("scale: say how many, --shards N, --workers N or both, or alone --give-up")
     if workers is not None:
         _check_workers(run, workers)
     result: dict[str, Any] = {}
     with _coordinator(run) as coordinator, ProgressReporter() as progress:
+        if give_up:
+            result |= _give_up(coordinator)
         if shards is not None:
             result |= _scale(coordinator, shards, progress)
             _print(result)
@@ -122,6 +127,14 @@ def _scale(coordinator: Any, shards: int, progress: Any) -> dict[str, Any]:
     except ray.exceptions.RayError as error:
         raise root_cause(error) from None
     return result
+
+
+def _give_up(coordinator: Any) -> dict[str, Any]:
+    from .calls import ask
+
+    given_up: bool = ask(coordinator, "give_up_scaling")
+    print("the change of shards is given up" if given_up else "no change of shards is under way")
+    return {"given_up": given_up}
 
 
 def _check_workers(run: Path, workers: int) -> None:

@@ -165,6 +165,14 @@ class Coordinator(Generations):
         with self._store() as store:
             return store.statistics()
 
+    def give_up_scaling(self) -> bool:
+        """Ends the scaling under way as `Rescale.give_up` says; False if there is none."""
+        rescale = self._rescale
+        if rescale is None:
+            return False
+        rescale.give_up()
+        return True
+
     def scale_progress(self) -> dict[str, Any] | None:
         """`rescale.Progress.summary()` of the scaling under way, if any."""
         return None if self._rescale is None else self._rescale.progress.summary()
@@ -243,7 +251,6 @@ class Coordinator(Generations):
         if state.broken is not None:
             self._begin_afresh(state.broken)
         else:
-            self._write(state.block_map)
             self._settle()
         self._note("the coordinator died and is back")
 
@@ -275,9 +282,8 @@ class Coordinator(Generations):
         block_map = state.block_map
         addresses = group.addresses()[: len(block_map.addresses)]
         if addresses != block_map.addresses:
-            self._commit(BlockMap(block_map.epoch + 1, block_map.owners, addresses))
-        else:
-            group.announce(block_map)
+            block_map = BlockMap(block_map.epoch + 1, block_map.owners, addresses)
+        self._commit(block_map)  # also the same once more: a write that failed may have left another one
         group.cancel_moves(state.block_map.epoch)
 
     def _begin_afresh(self, why: str) -> None:

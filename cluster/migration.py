@@ -2,7 +2,8 @@
 
 `Migration` moves one group of blocks. Whoever drives it performs `calls()`, all of them side by side, and tells it what
 came of them; the next `calls()` follow from that. Until the new block map is committed everything can be undone, from
-then on everything is repeated until it succeeds.
+then on everything is repeated until it succeeds. Of a commit that failed nobody knows whether it was written: the old
+map is written once more before anything is undone.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ class Commit:
 
 
 class Phase(Enum):
-    """What `calls()` asks for. Up to COMMIT a failure leads to CANCEL; after it, to the same calls again."""
+    """What `calls()` asks for.
+
+    Before COMMIT a failure leads to CANCEL, at COMMIT to REVERT and then CANCEL; after each of these, to the same calls
+    again.
+    """
 
     COPY = "copy"
     CATCH_UP = "catch up"
@@ -58,13 +63,14 @@ class Phase(Enum):
     COMMIT = "commit"
     ANNOUNCE_TO_TARGETS = "announce to targets"
     ANNOUNCE = "announce"
+    REVERT = "write the old map"
     CANCEL = "cancel"
     DONE = "done"
     CANCELLED = "cancelled"
 
 
-_ORDER: list[Phase] = [p for p in Phase if p not in (Phase.CANCEL, Phase.CANCELLED)]
-_CANCEL_ORDER: list[Phase] = [Phase.CANCEL, Phase.CANCELLED]
+_CANCEL_ORDER: list[Phase] = [Phase.REVERT, Phase.CANCEL, Phase.CANCELLED]
+_ORDER: list[Phase] = [p for p in Phase if p not in _CANCEL_ORDER]
 
 
 def plan_moves(owners: np.ndarray, shards: int, load: np.ndarray) -> list[Move]:
@@ -179,6 +185,8 @@ class Migration:
                 return self._all(sorted({move.target for move in self.moves}), "set_block_map", **described(self.after))
             case Phase.ANNOUNCE:
                 return self._all(self._everybody, "set_block_map", **described(self.after))
+            case Phase.REVERT:
+                return [Commit(self.before)]
             case Phase.CANCEL:
                 return self._all(self._everybody, "cancel_moves", epoch=self.before.epoch, move=self.move)
         return []
@@ -216,11 +224,11 @@ class Migration:
         """A call failed: before the commit that undoes the move, afterwards `calls()` are to be made again."""
         self.error = error
         if not self.committed and self.phase not in _CANCEL_ORDER:
-            self.phase = Phase.CANCEL
+            self.phase = Phase.REVERT if self.phase is Phase.COMMIT else Phase.CANCEL
 
     def cancel(self) -> bool:
         """Gives the move up; False if it is too late for that."""
-        if self.committed or self.ended:
+        if self.committed or self.cancelling:
             return False
         self.failed(InterruptedError("the move was given up"))
         return True

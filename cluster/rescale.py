@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -79,6 +80,7 @@ class Rescale:
         self._addresses = addresses
         self._commit = commit
         self._alone = alone or nullcontext()
+        self._given_up = threading.Event()
         self._group_bytes = group_bytes
         self._seconds = {
             "settle": SETTLE_SECONDS + CALL_SECONDS,
@@ -92,10 +94,14 @@ class Rescale:
         """Spreads all blocks over the first `shards` shards, once; returns `Progress.summary()`.
 
         Raises:
-            RescaleError: a group of moves failed several times; names the last cause.
+            RescaleError: a group of moves failed several times (names the last cause), or the rest was given up.
         """
         with self._fetching, self._asking:
             return self._run(shards)
+
+    def give_up(self) -> None:
+        """Undoes the moves under way, unless they are committed, and begins no others; `run` then raises."""
+        self._given_up.set()
 
     def _run(self, shards: int) -> dict[str, Any]:
         begin = time.monotonic()
@@ -146,6 +152,8 @@ class Rescale:
 
     def _move(self, migration_from: Callable[[BlockMap], Migration]) -> None:
         for _ in range(ATTEMPTS):
+            if self._given_up.is_set():
+                raise RescaleError("scaling was given up: what had moved stays where it is; scale again at any time")
             with self._alone:
                 migration = migration_from(self.store.block_map)
                 self._drive(migration)
@@ -161,6 +169,8 @@ class Rescale:
         with self._timing(migration):
             until = float("inf")
             while not migration.ended and time.monotonic() < until:
+                if self._given_up.is_set():
+                    migration.cancel()
                 decided = migration.committed or migration.cancelling
                 try:
                     migration.succeeded(self._perform(migration.calls()))
@@ -189,9 +199,12 @@ class Rescale:
 
     def _perform_one(self, call: Call | Commit) -> Any:
         if isinstance(call, Commit):
-            failpoints.hit("move.commit")
+            forward = call.block_map.epoch > self.store.block_map.epoch
+            if forward:
+                failpoints.hit("move.commit")
             self._commit(call.block_map)
-            failpoints.hit("move.committed")
+            if forward:
+                failpoints.hit("move.committed")
             self.store.adopt(call.block_map)
             return None
         within = self._seconds.get(call.method, CALL_SECONDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embershard.cluster.rescale import Rescale
+from embershard.cluster.rescale import Rescale, RescaleError
 from embershard.parameter_server import checkpoint
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import StoreClient
@@ -130,6 +130,11 @@ class Worker(threading.Thread):
         self.store.push([part], [grads], [1.0], self._clock(self.steps)).result()
 
 
+def every_row(store: StoreClient):
+    rank = store.block_map.rank()
+    return locate(store.layout.slabs[0], np.zeros(1, np.int32), np.array([0, ROWS]), np.arange(ROWS), rank)
+
+
 @pytest.mark.parametrize("sync", [False, True], ids=["bounded", "sync"])
 def test_shards_join_and_leave_while_workers_train(cluster: Cluster, sync: bool, tmp_path: Path) -> None:
     with cluster.connect() as store:
@@ -156,10 +161,7 @@ def test_shards_join_and_leave_while_workers_train(cluster: Cluster, sync: bool,
             assert worker.error is None, worker.error
         saved.result()
         assert checkpoint.verify(str(tmp_path / "cut")) == []
-        rows = np.arange(ROWS)
-        part, inverse = locate(
-            store.layout.slabs[0], np.zeros(1, np.int32), np.array([0, ROWS]), rows, store.block_map.rank()
-        )
+        part, inverse = every_row(store)
         np.testing.assert_array_equal(store.pull([part]).result()[0][inverse], sum(worker.model for worker in workers))
         assert sum(worker.store.counters.moved for worker in workers) > 0
         assert [s["clients"] for s in store.statistics()] == [WORKERS] * 4
@@ -173,13 +175,44 @@ def test_a_tool_with_a_map_of_long_ago_finds_every_row(cluster: Cluster) -> None
         old.layout.add([TABLE])
         for shards in (3, 2):
             cluster.scale(store, shards)
-        rows = np.arange(ROWS)
-        part, _ = locate(old.layout.slabs[0], np.zeros(1, np.int32), np.array([0, ROWS]), rows, old.block_map.rank())
+        part, _ = every_row(old)
         with old:
             old.push([part], [np.ones((ROWS, WIDTH), np.float32)], [1.0]).result()
             assert (old.pull([part]).result()[0] == -1).all()
             assert old.counters.moved <= 2 * BLOCKS
             assert old.block_map.epoch == store.block_map.epoch
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before it is written", "and its answer is lost"])
+def test_scaling_that_is_given_up_at_a_commit_leaves_one_owner(cluster: Cluster, written: bool) -> None:
+    """With the write of the map failing at the same moment, and done all the same or not."""
+    commits: list[BlockMap] = []
+
+    def commit(block_map: BlockMap) -> None:
+        commits.append(block_map)
+        if len(commits) == 3:
+            move.give_up()
+            if written:
+                cluster.commit(block_map)
+            raise OSError("the head does not answer")
+        cluster.commit(block_map)
+
+    with cluster.connect() as store:
+        store.create_tables([TABLE])
+        cluster.grow(3)
+        move = Rescale(store, cluster.addresses, commit, group_bytes=100_000)
+        with pytest.raises(RescaleError, match="given up"):
+            move.run(3)
+        # The map of the third commit moved blocks; the fourth is the one before, and the one that is in force.
+        assert commits[3] is cluster.block_map and cluster.block_map.epoch == commits[1].epoch
+        owned = [set(np.flatnonzero(server.shard._served).tolist()) for server in cluster.servers]
+        assert owned == [set(np.flatnonzero(cluster.block_map.owners == shard).tolist()) for shard in range(3)]
+        part, _ = every_row(store)
+        store.push([part], [np.ones((ROWS, WIDTH), np.float32)], [1.0]).result()
+        cluster.scale(store, 3)
+        assert np.bincount(store.block_map.owners).tolist() == [BLOCKS // 3] * 3
+        part, _ = every_row(store)
+        assert (store.pull([part]).result()[0] == -1).all()
 
 
 def test_a_shard_that_joined_and_got_no_block_leaves_again(cluster: Cluster) -> None:

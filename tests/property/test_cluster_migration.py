@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from embershard.cluster.migration import Call, Commit, Migration, Move, Phase, plan_moves
+from embershard.cluster.migration import Call, Commit, Migration, Move, Phase, described, plan_moves
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.kernels import locate
 from embershard.parameter_server.local import PREFIX, LocalStore
@@ -79,6 +79,14 @@ class Run:
             arguments["seconds"] = 0.2
         return self.store.control_at(self.addresses[call.shard], call.method, arguments)
 
+    def settle(self) -> None:
+        """What a coordinator does that comes back: it announces the map that it finds and ends what was under way."""
+        for address in self.addresses[: len(self.block_map.addresses)]:
+            self.store.control_at(address, "set_block_map", described(self.block_map))
+        for address in self.addresses[: len(self.block_map.addresses)]:
+            self.store.control_at(address, "cancel_moves", {"epoch": self.block_map.epoch})
+        self.store.adopt(self.block_map)
+
     def finish(self) -> None:
         for future in self.waiting:
             future.result(10)
@@ -95,37 +103,49 @@ class Run:
                     np.testing.assert_array_equal(got[name], expected[name], err_msg=f"block {block} {name}")
 
 
-def drive(run: Run, migration: Migration, generator: np.random.Generator, data: st.DataObject) -> None:
-    """Some calls are lost on the way there, or on the way back, or are made twice; training goes on between them."""
-    fates = st.dictionaries(st.integers(0, 40), st.sampled_from(["lost", "answer lost", "twice"]), max_size=2)
-    faults = data.draw(fates, label="faults")
-    made = 0
+FATES = ("lost", "answer lost", "twice", "given up", "coordinator died")
+Faults = dict[tuple[Phase, int], str]
+some_faults = st.dictionaries(st.tuples(st.sampled_from(Phase), st.integers(0, 2)), st.sampled_from(FATES), max_size=3)
+
+
+def drive(run: Run, migration: Migration, generator: np.random.Generator, faults: Faults) -> None:
+    """Some calls are lost on the way there, or on the way back, or are made twice; training goes on between them.
+
+    The move may be given up, and its coordinator may die; the next one knows only what was committed. faults: by phase
+    and number of the call in it, each once.
+    """
     while not migration.ended:
-        if migration.phase in (Phase.COPY, Phase.CATCH_UP, Phase.CLOSE, Phase.CANCEL):
+        if migration.phase in (Phase.COPY, Phase.CATCH_UP, Phase.CLOSE):  # later, gates may be closed for long
             run.train(generator)
         run.push_from_outside(generator)
+        if faults.get((migration.phase, 0)) == "given up":
+            migration.cancel()
         results: list[object] = []
         error: Exception | None = None
-        for call in migration.calls():
-            made += 1
-            fate = faults.get(made)
+        for number, call in enumerate(migration.calls()):
+            fate = faults.pop((migration.phase, number), None)
             try:
                 if fate == "lost":
                     raise Lost
-                if fate == "twice" and not isinstance(call, Commit):
+                if fate == "twice":
                     run.perform(call)
                 results.append(run.perform(call))
-                if fate == "answer lost" and not isinstance(call, Commit):
+                if fate == "answer lost":
                     raise Lost
             except Exception as problem:
                 error = problem
             run.push_from_outside(generator)
+            if fate == "coordinator died" and not migration._joining:
+                run.settle()
+                return
         if error is not None:
             migration.failed(error)
         else:
             migration.succeeded(results)
     if migration.committed:
         run.store.adopt(migration.after)
+    elif not migration._joining:
+        run.settle()  # the coordinator dies now
 
 
 @settings(max_examples=25, deadline=None)
@@ -137,7 +157,7 @@ def test_moves_keep_one_owner_and_every_push(seed: int, shape: tuple[int, int], 
         run.train(generator)
     if shape[1]:
         join = Migration(run.block_map, run.addresses, [])
-        drive(run, join, generator, data)
+        drive(run, join, generator, data.draw(some_faults, label="faults"))
         if not join.committed:  # a shard that could not join gets no blocks
             run.finish()
             run.check()
@@ -149,8 +169,25 @@ def test_moves_keep_one_owner_and_every_push(seed: int, shape: tuple[int, int], 
             Move(block, int(run.block_map.owners[block]), int((run.block_map.owners[block] + 1) % shards))
             for block in blocks
         ]
-        drive(run, Migration(run.block_map, run.block_map.addresses, moves), generator, data)
+        migration = Migration(run.block_map, run.block_map.addresses, moves)
+        drive(run, migration, generator, data.draw(some_faults, label="faults"))
         run.train(generator)
+    run.finish()
+    run.check()
+
+
+@pytest.mark.parametrize("fate", FATES)
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase not in (Phase.DONE, Phase.CANCELLED)])
+def test_each_fault_at_each_step_and_then_a_dead_coordinator(phase: Phase, fate: str) -> None:
+    generator = np.random.default_rng(1)
+    run = Run(2, 0)
+    run.train(generator)
+    moves = [Move(block, int(run.block_map.owners[block]), 1 - int(run.block_map.owners[block])) for block in (3, 8)]
+    faults = {(phase, 0): fate}
+    if phase in (Phase.REVERT, Phase.CANCEL):
+        faults[Phase.COMMIT, 0] = "answer lost"
+    drive(run, Migration(run.block_map, run.block_map.addresses, moves), generator, faults)
+    run.train(generator)
     run.finish()
     run.check()
 
@@ -204,6 +241,24 @@ def test_a_move_can_be_given_up_until_it_is_committed() -> None:
     migration.succeeded([None])
     assert migration.committed
     assert not migration.cancel()
+
+
+def test_of_a_commit_that_failed_the_old_map_is_written_before_anything_is_undone() -> None:
+    before = BlockMap.initial(40, ("a", "b"))
+    migration = Migration(before, ("a", "b"), [Move(0, 0, 1)])
+    while migration.phase is not Phase.COMMIT:
+        results = {
+            Phase.CLOSE: {"step": 0, "lag": 0},
+            Phase.SETTLE: {"settled": True, "generation": None, "workers": 0, "done": [], "early": []},
+        }
+        migration.succeeded([results.get(migration.phase, 0) for _ in migration.calls()])
+    migration.failed(Lost())
+    for _ in range(2):
+        assert migration.calls() == [Commit(before)]
+        migration.failed(Lost())
+    assert not migration.cancel()
+    migration.succeeded([None])
+    assert [call.method for call in migration.calls() if isinstance(call, Call)] == ["cancel_moves", "cancel_moves"]
 
 
 def test_workers_that_do_not_come_to_rest_are_named() -> None:
