@@ -38,7 +38,7 @@ class Contender:
 
 @dataclass
 class Comparison:
-    """Readings of all rounds by name, and the ratios wanted: name -> (reading above, reading below)."""
+    """Readings of all rounds: contender.name -> one value a round."""
 
     readings: dict[str, list[float]] = field(default_factory=dict)
 
@@ -47,18 +47,32 @@ class Comparison:
             self.readings.setdefault(f"{prefix}.{name}", []).append(value)
 
     def summary(self, wanted: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-        """Medians; a ratio is the median of the rounds' own ratios, with the smallest and largest beside it."""
+        """Medians; a ratio is the median of the rounds' own ratios, with the smallest and largest beside it.
+
+        wanted: name -> (reading above, reading below); left out where one of the two contenders did not run.
+
+        Raises:
+            RunFailed: a contender that ran has not read what is wanted of it.
+        """
         ratios, spread = {}, {}
-        for name, (above, below) in wanted.items():
-            if above in self.readings and below in self.readings:
-                each = [a / b for a, b in zip(self.readings[above], self.readings[below], strict=True)]
-                ratios[name], spread[name] = statistics.median(each), [min(each), max(each)]
+        ran = {_contender_of(reading) for reading in self.readings}
+        for name, sides in wanted.items():
+            if not ran.issuperset(map(_contender_of, sides)):
+                continue
+            if missing := [side for side in sides if side not in self.readings]:
+                raise RunFailed(f"bench: {missing[0]} was not read, so there is no {name}")
+            each = [a / b for a, b in zip(*(self.readings[side] for side in sides), strict=True)]
+            ratios[name], spread[name] = statistics.median(each), [min(each), max(each)]
         return {
             "machine": machine(),
             "readings": {name: statistics.median(values) for name, values in self.readings.items()},
             "ratios": ratios,
             "ratio_spread": spread,
         }
+
+
+def _contender_of(reading: str) -> str:
+    return reading.rpartition(".")[0]
 
 
 def machine() -> dict[str, Any]:
@@ -90,13 +104,12 @@ def run_rounds(contenders: Sequence[Contender], rounds: int, tell: Callable[[str
 
 def _measure(contender: Contender) -> dict[str, float]:
     # -P: from a checkout, `datasets` in the current folder would be taken for Hugging Face's.
-    done = subprocess.run(
-        [contender.python, "-P", "-m", *contender.command],
-        env={**os.environ, **contender.environment},
-        capture_output=True,
-        text=True,
-        timeout=CONTENDER_SECONDS,
-    )
+    command = [contender.python, "-P", "-m", *contender.command]
+    environment = {**os.environ, **contender.environment}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CONTENDER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"bench: contender {contender.prefix} was not done after {CONTENDER_SECONDS} s") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise RunFailed(f"bench: contender {contender.prefix} failed: {last}")
@@ -217,8 +230,7 @@ def bench_train(
         path = Path(folder, "batches.npz")
         write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
         common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2}
-        variants = {"ours_2_bounded": (2, "bounded"), "ours_2_sync": (2, "sync")}
-        variants |= {"ours_1_bounded": (1, "bounded"), "ours_4_bounded": (4, "bounded")}
+        variants = {f"ours_{n}_{how}": (n, how) for n in (2, 1, 4) for how in ("bounded", "sync")}
         contenders = [
             _beside_shards(prefix, shards=shards, consistency=consistency, **common)
             for prefix, (shards, consistency) in variants.items()

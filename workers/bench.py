@@ -170,7 +170,6 @@ def ours(
     if shards:
         keep_freed_memory()  # as in a worker of a run; a process of the user's own is left as it is
     kernels.warm_up()
-    begin = time.perf_counter()
     task = _Task(path, dim, threads)
     task.collapsed = collapsed
     with ExitStack() as stack:
@@ -182,12 +181,10 @@ def ours(
         else:
             store = stack.enter_context(Store.open())
         saved = stack.enter_context(tempfile.TemporaryDirectory()) if checkpoints else None
-        return _train(task, store, consistency, pids, begin, saved)
+        return _train(task, store, consistency, pids, saved)
 
 
-def _train(
-    task: _Task, store: Store, consistency: str, pids: list[int], begin: float, saved: str | None
-) -> dict[str, float]:
+def _train(task: _Task, store: Store, consistency: str, pids: list[int], saved: str | None) -> dict[str, float]:
     empty = sum(_resident(pid) for pid in pids)
     network = Network(_spec(task), store, torch.device("cpu"))
     sparse = SparseConfig(kind="rowwise_adagrad", learning_rate=LEARNING_RATE, eps=EPS)
@@ -211,7 +208,7 @@ def _train(
                 wire=store.counters.wire_bytes, cpu=[process_cpu(pid) for pid in pids], wait=pipeline.wait_seconds
             )
         if number == 1:
-            before["startup"] = time.perf_counter() - begin
+            before["startup"] = _seconds_since_start()
         batch, ticket = pipeline.next(task.steps + WARM)
         learner.step(batch, ticket, clock(number + 1), pipeline.settle)
         if saved is not None and all(save.done() for save in saves):
@@ -226,6 +223,7 @@ def _train(
     parts.watch(network.embeddings, "step", "push")
     parts.watch(network.model, "forward", "dense_forward")
     parts.watch(network, "forward", "forward")
+    parts.watch(torch.Tensor, "backward", "backward")
     parts.watch(learner.optimizer, "step", "dense_update")
     readings = task.time(step)
     readings["checkpoints"] = sum(save.done() for save in saves)
@@ -237,6 +235,8 @@ def _train(
     shard_cpu = sum(process_cpu(pid) - cpu for pid, cpu in zip(pids, before["cpu"], strict=True))
     readings["shard_cpu_ms_per_step"] = shard_cpu / task.steps * 1e3
     readings["wire_bytes_per_sample"] = (store.counters.wire_bytes - before["wire"]) / samples
+    for kind in ("ms_per_step", "cpu_ms_per_step"):
+        readings[f"compose_{kind}"] = readings.pop(f"forward_{kind}") - readings[f"dense_forward_{kind}"]
     readings["startup_seconds"] = before["startup"]
     tables = sum(shard["table_bytes"] + shard["state_bytes"] for shard in store.statistics())
     if pids:
@@ -320,6 +320,13 @@ def _resident(pid: int | str) -> float:
     """Bytes of memory of a process."""
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _seconds_since_start() -> float:
+    """Of this process, imports included."""
+    with open("/proc/self/stat") as file:
+        started = int(file.read().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def _own_cpu() -> float:

@@ -103,7 +103,7 @@ def _train(rank: int, path: str, dim: int, port: int, result: Any) -> None:
 
 
 def torchrec(path: str, dim: int, port: int) -> dict[str, float]:
-    """samples/s of two ranks together."""
+    """samples/s of two ranks together. Raises RuntimeError: a rank failed."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         result = manager.dict()
@@ -112,6 +112,8 @@ def torchrec(path: str, dim: int, port: int) -> dict[str, float]:
             process.start()
         for process in ranks:
             process.join()
+        if failed := [rank for rank, process in enumerate(ranks) if process.exitcode]:
+            raise RuntimeError(f"rank {failed[0]} ended with exit code {ranks[failed[0]].exitcode}")
         return dict(result)
 
 

@@ -22,7 +22,21 @@ def test_a_ratio_with_a_contender_left_out_is_left_out():
     assert comparison.summary({"ours_over_theirs": ("ours.rate", "theirs.rate")})["ratios"] == {}
 
 
+def test_a_reading_that_is_wanted_and_missing_is_named():
+    comparison = Comparison()
+    comparison.add("ours", {"rate": 1.0})
+    comparison.add("theirs.d16", {"other": 1.0})
+    with pytest.raises(RunFailed, match=r"theirs\.d16\.rate was not read, so there is no ratio"):
+        comparison.summary({"ratio": ("ours.rate", "theirs.d16.rate")})
+
+
 def test_a_contender_that_fails_is_named():
     contender = Contender("broken", ("embershard.parameter_server.bench", "nobody", "{}"))
     with pytest.raises(RunFailed, match="contender broken failed: KeyError: 'nobody'"):
         run_rounds([contender], 1, lambda line: None)
+
+
+def test_a_contender_that_does_not_end_is_named(monkeypatch):
+    monkeypatch.setattr("embershard.cluster.bench.CONTENDER_SECONDS", 0.2)
+    with pytest.raises(RunFailed, match=r"contender asleep was not done after 0\.2 s"):
+        run_rounds([Contender("asleep", ("timeit", "-n1", "-r1", "import time; time.sleep(9)"))], 1, lambda line: None)
