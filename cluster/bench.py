@@ -146,11 +146,14 @@ def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict
 
 
 def bench_moves(rounds: int, gigabytes: float, blocks: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """A shard leaves while a worker trains, beside the raw socket."""
-    leaving = _contender("moves", "cluster.move_bench", "leave", gigabytes=gigabytes, blocks=blocks)
+    """A shard leaves while a worker trains, with and without journals, beside the raw socket."""
+    size = {"gigabytes": gigabytes, "blocks": blocks}
+    leaving = _contender("moves", "cluster.move_bench", "leave", **size)
+    journal = _contender("moves_journal", "cluster.move_bench", "leave", **size, journal=True)
     raw = _contender("socket", "parameter_server.rpc_bench", "socket", width=64, ready=True)
-    wanted = {"moves_over_raw_socket": ("moves.gbps", "socket.pull_65536k_gbps")}
-    return run_rounds([leaving, raw], rounds, tell).summary(wanted)
+    below = "socket.pull_65536k_gbps"
+    wanted = {"moves_over_raw_socket": ("moves.gbps", below), "moves_journal_over_raw": ("moves_journal.gbps", below)}
+    return run_rounds([leaving, journal, raw], rounds, tell).summary(wanted)
 
 
 def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:

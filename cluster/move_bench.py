@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -54,12 +56,18 @@ class _Worker(threading.Thread):
                     self.warm.set()
 
 
-def leave(gigabytes: float, blocks: int) -> dict[str, Any]:
-    """The last of three shards leaves: GB/s moved, how long pulls took meanwhile and before, the longest hold."""
+def leave(gigabytes: float, blocks: int, journal: bool = False) -> dict[str, Any]:
+    """The last of three shards leaves: GB/s moved, how long pulls took meanwhile and before, the longest hold.
+
+    journal: shards write what comes, blocks too, to a temporary folder on disk before they acknowledge it.
+    """
     warm_up()
     optimizer = Optimizer(kind="rowwise_adagrad")
     rows = int(gigabytes * 1e9 / (4 * (WIDTH + 1)))
-    with shard_processes(SHARDS, blocks=blocks) as (addresses, _), StoreClient.connect(addresses) as store:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if journal else None
+        addresses, _ = stack.enter_context(shard_processes(SHARDS, blocks=blocks, journal=folder))
+        store = stack.enter_context(StoreClient.connect(addresses))
         store.create_tables([TableSpec(name="t", rows=rows, width=WIDTH, optimizer=optimizer)])
         store.begin(1, 1, 0)
         worker = _Worker(addresses)

@@ -28,7 +28,7 @@ BENCHES: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
     "rpc": (partial(bench_rpc, 1), 50),
     "train": (partial(bench_train, 1, PEERS, False, 16, 256, 3), 24 if PEERS else 16),
     "durability": (partial(bench_durability, 1, 16, 256, 3), 2),
-    "moves": (partial(bench_moves, 1, 0.05, 8), 1),
+    "moves": (partial(bench_moves, 1, 0.05, 8), 2),
     "stream": (partial(bench_stream, 1, None, 60_000, False), 2),
 }
 
