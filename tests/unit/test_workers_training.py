@@ -13,6 +13,7 @@ import pytest
 import torch
 from embershard.parameter_server.requests import Clock
 from embershard.parameter_server.store import Store
+from embershard.workers.embeddings.collapse import table_pieces
 from embershard.workers.embeddings.gradients import GradientError
 from embershard.workers.learner import Learner
 from embershard.workers.network import Network, dense_tensors
@@ -98,11 +99,30 @@ def test_bit_identical_for_any_number_of_shards(kind: str, lag: int, sync: bool)
             assert one[name].tobytes() == other[name].tobytes(), f"{name} with {shards} shards"
 
 
-def vectors_trained(workers: int, rows: int, shards: int) -> list[np.ndarray]:
-    """Trains the tables alone, in `sync`: every worker pulls its rows and pushes them as their own gradient."""
+def test_bounded_by_zero_steps_is_sync() -> None:
+    bounded, sync = (trained(2, "adagrad", 0, sync) for sync in (False, True))
+    assert bounded.keys() == sync.keys()
+    assert all(bounded[name].tobytes() == sync[name].tobytes() for name in sync)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "qr": {"rows": 7, "threshold": 0},
+    "memcom": {"rows": 7, "bias": True, "threshold": 0},
+    "double_hash": {"rows": 7, "threshold": 0},
+    "mlet": {"inner_dim": 8},
+    "mem_rec": {"scope": "field", "token_rows": 13, "weight_rows": 11},
+}
+
+
+def vectors_trained(workers: int, rows: int, shards: int, method: str = "full") -> list[np.ndarray]:
+    """Trains the tables alone, in `sync`: every worker pulls its rows and pushes them as their own gradient.
+
+    Returns every row of every table, in row order.
+    """
     with Store.open(shards=shards, blocks=40, seed=5) as first:
         stores = [first, *(first.attach() for _ in range(workers - 1))]
-        nets = [network(store, sparse="rowwise_adagrad") for store in stores]
+        nets = [network(store, sparse="rowwise_adagrad", method=method, **METHODS[method]) for store in stores]
         first.begin(1, workers, 0)
         problems: list[BaseException] = []
 
@@ -124,13 +144,15 @@ def vectors_trained(workers: int, rows: int, shards: int) -> list[np.ndarray]:
         for thread in threads:
             thread.join()
         assert not problems
-        return tables(nets[0].embeddings)
+        return [np.concatenate(list(table_pieces(first, table.name))) for table in first.layout.tables]
 
 
-def test_sync_workers_equal_one_with_the_whole_batch() -> None:
-    one = vectors_trained(1, ROWS, 1)
+@pytest.mark.parametrize("method", METHODS)
+def test_sync_workers_equal_one_with_the_whole_batch(method: str) -> None:
+    """Also where features share rows, as in MEM-REC, and where a method composes an id's vector of several."""
+    one = vectors_trained(1, ROWS, 1, method)
     for workers, shards in ((2, 1), (2, 3), (3, 2)):
-        for alone, together in zip(one, vectors_trained(workers, ROWS, shards), strict=True):
+        for alone, together in zip(one, vectors_trained(workers, ROWS, shards, method), strict=True):
             np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-7)
 
 
