@@ -94,12 +94,17 @@ def test_safetensors_answers_as_training(method: str, checkpoint: Any, data: Pat
         assert result["embedding_bytes"] < result["full_embedding_bytes"]
 
 
-@pytest.mark.parametrize(("format", "method"), [("torch", "memcom"), ("onnx", "double_hash")])
+OTHER_FORMATS = [("torch", method) for method in ("memcom", "qr-concat", "mlet", "mem_rec-sample")]
+OTHER_FORMATS += [("onnx", method) for method in ("double_hash", "qr", "narrow", "mem_rec")]
+
+
+@pytest.mark.parametrize(("format", "method"), OTHER_FORMATS)
 def test_other_formats(format: str, method: str, checkpoint: Any, data: Path, tmp_path: Path) -> None:
     """double_hash keeps the smallest feature full: ONNX then indexes as well as hashes."""
     output = tmp_path / "model"
     result = export(checkpoint(method, "dcn_v2"), str(output), format=format, data=str(data / "eval"))
     assert result["largest_difference"] <= 1e-5 and output.stat().st_size == result["file_bytes"]
+    assert round(result["auc"], 4) == round(result["auc_in_training"], 4)
 
 
 def test_the_page_reads_the_file(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
