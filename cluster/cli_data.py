@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any
@@ -130,7 +130,10 @@ def generate(
     model_seed: Annotated[
         int, typer.Option(min=0, help="Of the planted model: the same for train and evaluation data.")
     ] = 0,
-    cardinalities: Annotated[str | None, typer.Option(help="Ids per categorical column, such as 1000,200,30.")] = None,
+    cardinalities: Annotated[
+        str | None,
+        typer.Option(help="Ids per categorical column, such as 1000,200,30, or those of Criteo: kaggle or terabyte."),
+    ] = None,
     multi_hot: Annotated[
         str, typer.Option(help="Most ids per row: one number, or one per categorical column, such as 1,20,3.")
     ] = "1",
@@ -143,12 +146,15 @@ def generate(
     Examples:
       embershard generate data/train --rows 1000000
       embershard generate data/eval --rows 100000 --seed 1
+      embershard generate data/large --rows 1000000 --cardinalities terabyte
       embershard generate data/bags --rows 100000 --cardinalities 1000,200 --multi-hot 20,1
     """
     from ..datasets import synthetic
     from .progress import ProgressReporter
 
-    sizes = synthetic.CARDINALITIES if cardinalities is None else _numbers("--cardinalities", cardinalities)
+    sizes: Sequence[int] = synthetic.CARDINALITIES
+    if cardinalities is not None:
+        sizes = synthetic.NAMED.get(cardinalities) or _numbers("--cardinalities", cardinalities, "kaggle, terabyte or ")
     with ProgressReporter() as progress:
         summary = synthetic.generate(
             output,
@@ -189,11 +195,11 @@ def inspect(
         raise RunFailed(f"{path}: {len(problems)} problems, the first: {problems[0]}")
 
 
-def _numbers(flag: str, text: str) -> list[int]:
+def _numbers(flag: str, text: str, names: str = "") -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{flag}: {text!r} is not a list of numbers such as 1000,200,30") from None
+        raise ConfigError(f"{flag}: {text!r} is not {names}a list of numbers such as 1000,200,30") from None
 
 
 def _print_record(record: Mapping[str, Any]) -> None:

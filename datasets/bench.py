@@ -23,6 +23,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from . import kernels
+from .convert import find_inputs
 from .criteo import convert_criteo
 from .footers import read_footers
 from .stream import ParquetStream
@@ -160,7 +161,7 @@ def write_text(path: Path, rows: int) -> None:
 
 
 def convert(text: str) -> dict[str, float]:
-    """Our conversion of one file to Parquet."""
+    """Our conversion of a file, or of all files in a folder, plain or gz, to Parquet."""
     with tempfile.TemporaryDirectory() as folder:
         convert_criteo([text], f"{folder}/warm")  # compiles
         return _measure_text(text, lambda: int(convert_criteo([text], f"{folder}/out")["rows"]))
@@ -177,10 +178,12 @@ def pyarrow_csv(text: str) -> dict[str, float]:
 
 
 def _measure_text(text: str, read: Callable[[], int]) -> dict[str, float]:
-    start = time.perf_counter()
-    rows = read()
-    seconds = time.perf_counter() - start
-    return {"rows_per_second": rows / seconds, "mb_per_second": Path(text).stat().st_size / seconds / 1e6}
+    size = sum(file.size for file in find_inputs([text]))
+    with Memory() as memory:
+        start = time.perf_counter()
+        rows = read()
+        seconds = time.perf_counter() - start
+    return {"rows_per_second": rows / seconds, "mb_per_second": size / seconds / 1e6, **memory.readings()}
 
 
 CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {

@@ -199,7 +199,7 @@ def convert(
                     job.result()
             schema = target.finish()
         except OSError as error:
-            raise DataError(f"{output}: cannot be written: {error.strerror or error}") from error
+            raise target.failed(error) from error
     positives = schema.positives or 0
     return {
         "output": target.name,

@@ -152,7 +152,10 @@ def _write(
     table = pa.table([pa.array(np.ones(size, np.int8)), *lists], names=["label", *cardinalities])
     stated = {METADATA_KEY: schema.model_dump_json(exclude_none=True).encode()}
     with DatasetWriter(output) as writer:
-        pq.write_table(table.replace_schema_metadata(stated), writer.staged(_PART), row_group_size=ROW_GROUP_ROWS)
-        writer.publish(_PART)
-        writer.finish()
+        try:
+            pq.write_table(table.replace_schema_metadata(stated), writer.staged(_PART), row_group_size=ROW_GROUP_ROWS)
+            writer.publish(_PART)
+            writer.finish()
+        except OSError as error:
+            raise writer.failed(error) from error
     return writer.bytes

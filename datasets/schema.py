@@ -120,8 +120,12 @@ class DataConfig(BaseModel):
         "metadata says, else log1p where all are integers",
     )
     shuffle: bool = Field(default=True, description="permute row groups, and rows within a window")
-    window_bytes: int = Field(default=32 << 20, gt=0, description="decoded bytes that are shuffled together, at most")
+    window_bytes: int = Field(
+        default=32 << 20, gt=0, description="decoded bytes that are shuffled together, at most (one row group at least)"
+    )
     read_ahead_bytes: int = Field(
-        default=128 << 20, gt=0, description="decoded bytes held in memory, at most (one window at least)"
+        default=128 << 20,
+        gt=0,
+        description="decoded bytes held in memory, at most (one window at least, and so one row group, however large)",
     )
     missing_id: int = Field(default=MISSING_ID, description="the id that stands for a missing categorical value")

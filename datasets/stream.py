@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,7 +30,8 @@ class ParquetStream:
     thread, outside the GIL; a batch's arrays are views of its window. For one consuming thread; one epoch at a time.
 
     window_bytes: decoded bytes shuffled together, at most, but at least one row group; read_ahead_bytes: decoded bytes
-    held, at most, except that the window being read is always held; missing_id: the id of a null.
+    held, at most, except that the window being read is always held; missing_id: the id of a null. A row group is read
+    whole: `warning` (also a Python warning) names the largest where it alone goes beyond read_ahead_bytes.
 
     Raises:
         DataError: missing, unreadable or unsuitable files.
@@ -67,6 +69,9 @@ class ParquetStream:
         self.rows = sum(group.rows for group in self._groups)
         if not self.rows:
             raise DataError(f"{path}: the files hold no rows")
+        self.warning = self._too_large()
+        if self.warning is not None:
+            warnings.warn(self.warning, stacklevel=2)
         self._plan_digest = plan_digest(seed, shuffle, window_bytes, [file.name for file in files], self._groups)
         self._features = tuple(self.schema.categorical_names)
         self._epoch: EpochPlan | None = None
@@ -121,6 +126,17 @@ class ParquetStream:
             self._ahead.close()
         self._ahead = self._ready = None
         self.reader.close()
+
+    def _too_large(self) -> str | None:
+        largest = max(self._groups, key=lambda group: group.bytes)
+        if largest.bytes <= self.read_ahead_bytes:
+            return None
+        rows = max(1, largest.rows * min(self.window_bytes, self.read_ahead_bytes) // largest.bytes)
+        return (
+            f"{self.reader.files[largest.file].path}: row group {largest.group} has {largest.bytes:,} bytes when "
+            f"decoded, beyond data.read_ahead_bytes ({self.read_ahead_bytes:,}), and is read whole: write the file in row "
+            f"groups of at most {rows:,} rows"
+        )
 
     def _plan(self, epoch: int, cursor: Cursor | None) -> tuple[list[Window], EpochPlan]:
         if cursor is None:

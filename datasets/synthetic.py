@@ -25,6 +25,7 @@ TERABYTE = (
     39884406, 39043, 17289, 7420, 20263, 3, 7120, 1543, 63, 38532951, 2953546, 403346, 10,
     2208, 11938, 155, 4, 976, 14, 39979771, 25641295, 39664984, 585935, 12972, 108, 36,
 )  # fmt: skip
+NAMED = {"kaggle": KAGGLE, "terabyte": TERABYTE}
 # Capped, so that a few hundred thousand rows teach something.
 CARDINALITIES = tuple(min(n, 20_000) for n in KAGGLE)
 DENSE = 13
@@ -211,7 +212,7 @@ def generate(
                 list(pool.map(write_part, range(len(starts))))
             schema = target.finish()
         except OSError as error:
-            raise DataError(f"{output}: cannot be written: {error.strerror or error}") from error
+            raise target.failed(error) from error
     positives = schema.positives or 0
     return {
         "output": target.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ ROW_GROUP_ROWS = 32_768
 SUMMARY = "_embershard.json"  # readers of Parquet folders pass over names that begin with `_`
 ORIGIN_KEY = b"embershard.origin"
 _LOCK, _OWNER = "lock", "owner"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(slots=True)
@@ -142,9 +144,12 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            stated = {} if self._origin is None else {ORIGIN_KEY.decode(): self._origin}
-            self._writer.add_key_value_metadata(file_metadata(self._describe(), self._sketch) | stated)
+        if kind is not None:
+            with suppress(OSError):  # on a full disk, where the first failure says it
+                self._writer.close()
+            return
+        stated = {} if self._origin is None else {ORIGIN_KEY.decode(): self._origin}
+        self._writer.add_key_value_metadata(file_metadata(self._describe(), self._sketch) | stated)
         self._writer.close()
 
 
@@ -200,8 +205,11 @@ class DatasetWriter:
             raise DataError(f"{output}: exists already; remove it or name another output")
 
     def __enter__(self) -> DatasetWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            raise self.failed(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -242,6 +250,15 @@ class DatasetWriter:
                 f"{self.name}: {who} is writing it, or was stopped; remove the folder if it no longer runs, or name "
                 "another output"
             )
+
+    def failed(self, error: OSError) -> DataError:
+        """What to raise where writing failed, within the context, which then removes all."""
+        if error.errno not in _NO_ROOM:
+            return DataError(f"{self.name}: cannot be written: {error.strerror or error}")
+        return DataError(
+            f"{self.name}: cannot be written, the disk of {self.folder.parent} is full ({os.strerror(error.errno)}): "
+            "make room there and start again, nothing of it was left"
+        )
 
     def staged(self, part: str) -> Path:
         """Where a part is written before it is published."""

@@ -109,7 +109,7 @@ class _Run:
 
     def _open(self, path: str, schema: Schema, batch_size: int, shuffle: bool) -> ParquetStream:
         data = self.job.data
-        return ParquetStream(
+        stream = ParquetStream(
             path,
             batch_size=batch_size,
             schema=schema,
@@ -121,6 +121,9 @@ class _Run:
             seed=self.job.seed,
             shuffle=shuffle,
         )
+        if stream.warning is not None:
+            self.report({"note": stream.warning})
+        return stream
 
     def train(self, stop_requested: Callable[[], bool], wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
         found = self._begin_with()

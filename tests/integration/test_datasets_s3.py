@@ -4,6 +4,7 @@ import itertools
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 import numpy as np
@@ -45,7 +46,7 @@ class Faulty:
             if self.page is not None:
                 request["QUERY_STRING"] += f"&max-keys={self.page}"
         found = self.fault(request)
-        if found is None or (found == "drop" and request["REQUEST_METHOD"] == "HEAD"):  # nothing to break off
+        if found is None:
             return self._app(request, answer)
         if found == "drop":
             answer("200 OK", [("Content-Length", "1000000")])
@@ -63,6 +64,11 @@ def server() -> Iterator[tuple[str, Faulty]]:
     yield f"http://127.0.0.1:{listener.port}", app
     listener.shutdown()
     thread.join()
+
+
+def _write(fs: Any, path: str, ids: np.ndarray) -> None:
+    with fs.open(path, "wb") as file:
+        pq.write_table(pa.table({"label": ids % 2, "i1": ids, "c1": ids}), file, row_group_size=20, compression="none")
 
 
 @pytest.fixture
@@ -83,10 +89,7 @@ def bucket(server, monkeypatch) -> Iterator[tuple[str, Faulty]]:
     if not fs.exists("logs"):
         fs.mkdir("logs")
         for number in range(FILES):
-            ids = np.arange(ROWS) + number * ROWS
-            rows = pa.table({"label": ids % 2, "i1": ids, "c1": ids})
-            with fs.open(f"logs/train/{number}.parquet", "wb") as file:
-                pq.write_table(rows, file, row_group_size=20)
+            _write(fs, f"logs/train/{number}.parquet", np.arange(ROWS) + number * ROWS)
     yield "s3://logs/train", app
     app.fault = lambda request: None
 
@@ -104,6 +107,8 @@ def every(n: int, what: str) -> Callable[[WSGIEnvironment], str | None]:
     lock = threading.Lock()
 
     def fault(request: WSGIEnvironment) -> str | None:
+        if what == "drop" and request["REQUEST_METHOD"] == "HEAD":  # nothing to break off
+            return None
         with lock:
             return what if next(numbers) % n == 0 else None
 
@@ -175,7 +180,43 @@ def test_missing_bucket_and_missing_folder_are_not_retried(bucket):
     assert remote.RETRIES.count == before
 
 
-def test_a_file_that_is_replaced_or_appears_during_an_epoch_is_named(bucket):
+def _replace(fs: Any) -> None:
+    """By one of the same size: its ETag alone tells."""
+    ids = np.arange(ROWS)[::-1] + ROWS
+    before = fs.info("logs/changing/1.parquet")
+    _write(fs, "logs/changing/1.parquet", ids)
+    fs.invalidate_cache()
+    after = fs.info("logs/changing/1.parquet")
+    assert after["size"] == before["size"] and after["ETag"] != before["ETag"]
+
+
+@pytest.mark.parametrize(
+    "change", [_replace, lambda fs: fs.rm("logs/changing/1.parquet")], ids=["replaced", "vanished"]
+)
+@pytest.mark.parametrize("read_ahead", [500, 1 << 20], ids=["before it is opened", "after its last row was decoded"])
+def test_a_file_that_is_replaced_or_vanishes_during_an_epoch_is_named(bucket, change, read_ahead):
+    fs, path = remote.filesystem("s3://logs/x")[0], "s3://logs/changing"
+    for number in range(FILES):
+        _write(fs, f"logs/changing/{number}.parquet", np.arange(ROWS) + number * ROWS)
+    schema = load_schema(path, CONFIG)
+    stream = ParquetStream(path, batch_size=10, schema=schema, shuffle=False, read_ahead_bytes=read_ahead)
+    batches = stream.batches(0)
+    read = [next(batches)]
+    if read_ahead > 500:
+        read += [next(batches) for _ in range(FILES * ROWS // 10 - 1)]
+    change(fs)
+    try:
+        with pytest.raises(
+            DataError, match=r"logs/changing/1\.parquet: the file vanished or changed while it was being"
+        ):
+            read += batches
+    finally:
+        stream.close()
+    whole = FILES * ROWS if read_ahead > 500 else ROWS
+    assert [i for batch in read for i in batch.ids.values.tolist()] == list(range(whole))
+
+
+def test_a_file_that_appears_during_an_epoch_is_named(bucket):
     path, _ = bucket
     fs = remote.filesystem(path)[0]
     stream = ParquetStream(path, batch_size=16, schema=load_schema(path, CONFIG))

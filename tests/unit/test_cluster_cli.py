@@ -58,7 +58,10 @@ def test_help_has_examples(run, command: str) -> None:  # type: ignore[no-untype
         (("trian",), "Did you mean 'train'"),
         (("generate", "out"), "--rows"),
         (("generate", "out", "--rows", "0"), "--rows"),
-        (("generate", "out", "--rows", "10", "--cardinalities", "a,b"), "--cardinalities: 'a,b'"),
+        (
+            ("generate", "out", "--rows", "10", "--cardinalities", "a,b"),
+            "--cardinalities: 'a,b' is not kaggle, terabyte or a",
+        ),
         (("convert", "criteo", "only-one"), "at least one INPUT and the OUTPUT"),
         (("convert", "avazy", "a", "b"), "avazy"),
         (("convert", "avazu", "a", "b", "--negatives", "2"), "--negatives is for movielens and interactions"),
@@ -132,6 +135,15 @@ def test_generate_then_inspect(run, log: str) -> None:  # type: ignore[no-untype
     assert seen.json["problems"] == []
     again = run("generate", log, "--rows", "3000")
     assert again.code == 2 and "log" in again.error
+
+
+@pytest.mark.parametrize(("name", "ids"), [("kaggle", 33_762_577), ("terabyte", 187_767_399)])
+def test_generate_with_the_cardinalities_of_criteo(run, monkeypatch: pytest.MonkeyPatch, name: str, ids: int) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("embershard.datasets.synthetic._CALIBRATION_ROWS", 1000)
+    monkeypatch.setattr("embershard.datasets.synthetic._BLOCK_ROWS", 1000)
+    assert run("generate", "log", "--rows", "100", "--cardinalities", name).code == 0
+    columns = [column for column in run("inspect", "log", "--json").json["columns"] if column["role"] == "categorical"]
+    assert (len(columns), sum(column["cardinality"] for column in columns)) == (26, ids)
 
 
 def test_doctor(run) -> None:  # type: ignore[no-untyped-def]

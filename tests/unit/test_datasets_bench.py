@@ -32,6 +32,7 @@ def test_converters_count_every_row_of_the_text(tmp_path, monkeypatch, name):
     size = (tmp_path / "log.tsv").stat().st_size
     readings = bench.CONTENDERS[name](text=str(tmp_path / "log.tsv"))
     assert readings["mb_per_second"] / readings["rows_per_second"] == pytest.approx(size / 1e6 / 2000)
+    assert readings["peak_pss_mb"] > 10
 
 
 def test_the_command_takes_paired_ratios(tmp_path, monkeypatch):

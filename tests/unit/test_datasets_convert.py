@@ -182,16 +182,6 @@ def test_existing_output_and_a_second_writer_are_refused(tmp_path):
         convert_criteo([str(path)], output)
 
 
-def test_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(conversion.PartWriter, "write", full)
-    with pytest.raises(DataError, match="out: cannot be written: No space left on device"):
-        convert_criteo([str(write(tmp_path / "day_0", [line(0)]))], str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
 KILLED = """
     import os, signal, sys
     from embershard.datasets import convert, writer

@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_window_of_several_row_groups_whose_later_ids_need_64_bits(tmp_path):
 def test_shuffled_epochs_hold_every_row_once_in_different_orders(folder):
     one = stream(folder)
     epochs = [[row for batch in one.batches(epoch) for row in reference.batch_rows(batch)] for epoch in (0, 1)]
-    again = [row for batch in stream(folder, read_ahead_bytes=1).batches(0) for row in reference.batch_rows(batch)]
+    again = [row for batch in stream(folder, read_ahead_bytes=2000).batches(0) for row in reference.batch_rows(batch)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(expected(folder))
     assert epochs[0] != epochs[1]
     assert epochs[0] == again
@@ -230,7 +231,7 @@ def test_damaged_row_group(tmp_path):
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[100:4000] = bytes(3900)
     (tmp_path / "a.parquet").write_bytes(content)
-    assert "a.parquet" in refused(tmp_path)
+    assert "a.parquet: row group 0 cannot be read, the file is damaged: " in refused(tmp_path)
 
 
 def test_missing_column_and_wrong_types(tmp_path):
@@ -299,7 +300,7 @@ def test_file_that_changes_after_its_last_row_was_decoded(folder, change):
 
 
 def test_file_that_changes_while_it_is_open(folder):
-    one = stream(folder, read_ahead_bytes=1)
+    one = stream(folder, read_ahead_bytes=2000)
     batches = one.batches(0)
     next(batches)
     for name in ("a.parquet", "day=1/b.parquet"):
@@ -354,6 +355,20 @@ def test_read_ahead_never_holds_more_than_its_limit_over_the_boundary(folder):
             held = max(held, one._ahead._held)
     one.close()
     assert largest < held <= 2 * largest
+
+
+def test_a_row_group_beyond_what_may_be_read_ahead_is_named(folder):
+    write(folder, {"large.parquet": table(1000)}, 1000)
+    with pytest.warns(UserWarning) as caught:
+        one = stream(folder, read_ahead_bytes=10_000)
+    assert [str(warning.message) for warning in caught] == [one.warning]
+    assert one.warning.startswith(
+        f"{folder}/large.parquet: row group 0 has 21,000 bytes when decoded, beyond data.read"
+    )
+    assert one.warning.endswith("write the file in row groups of at most 476 rows")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stream(folder, read_ahead_bytes=21_000).warning is None
 
 
 def test_ranks_and_batch_sizes_must_fit(folder):

@@ -10,7 +10,6 @@ from embershard.datasets.inspect import describe
 from embershard.datasets.schema import DataConfig, DataError
 from embershard.datasets.stream import ParquetStream
 from embershard.datasets.synthetic import PlantedModel, best_auc, generate
-from embershard.datasets.writer import PartWriter
 from sklearn.metrics import roc_auc_score
 
 SIZES = (50, 3, 1000, 1)
@@ -180,16 +179,6 @@ def test_generate_writes_what_it_states_in_bounded_blocks(tmp_path, monkeypatch)
 def test_sizes_that_make_no_sense(tmp_path, arguments):
     with pytest.raises(DataError, match=r"^generate: "):
         generate(str(tmp_path / "a"), **arguments)
-
-
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(PartWriter, "write", full)
-    with pytest.raises(DataError, match="a: cannot be written: No space left on device"):
-        generate(str(tmp_path / "a"), rows=10, cardinalities=SIZES, dense=1)
-    assert not list(tmp_path.iterdir())
 
 
 # -- describe

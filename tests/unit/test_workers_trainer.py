@@ -177,6 +177,15 @@ def test_no_data_path_and_unequal_widths_are_errors(data: Path, tmp_path: Path) 
         run(job(data, embedding={"features": {"c2": {"dim": 8}}}), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.* row group")
+def test_row_groups_beyond_what_may_be_read_ahead_are_noted(data: Path, tmp_path: Path) -> None:
+    asked = job(data)
+    asked.data.read_ahead_bytes = 40_000
+    _, records = run(asked, tmp_path, stop_after=1)
+    notes = [record["note"] for record in records if "read_ahead_bytes" in record.get("note", "")]
+    assert len(notes) == 1 and "train/part-00000.parquet: row group 0 has" in notes[0]
+
+
 def test_repeated_requests_for_data_stand_in_records_and_summary(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
