@@ -134,8 +134,8 @@ class ParquetStream:
         rows = max(1, largest.rows * min(self.window_bytes, self.read_ahead_bytes) // largest.bytes)
         return (
             f"{self.reader.files[largest.file].path}: row group {largest.group} has {largest.bytes:,} bytes when "
-            f"decoded, beyond data.read_ahead_bytes ({self.read_ahead_bytes:,}), and is read whole: write the file in row "
-            f"groups of at most {rows:,} rows"
+            f"decoded, beyond data.read_ahead_bytes ({self.read_ahead_bytes:,}), and is read whole: write the file in "
+            f"row groups of at most {rows:,} rows"
         )
 
     def _plan(self, epoch: int, cursor: Cursor | None) -> tuple[list[Window], EpochPlan]:
