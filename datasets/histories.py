@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,10 +70,19 @@ def convert_histories(
         if not any(map(len, chosen)):
             raise DataError(f"{inputs[0]}: nobody is left for {folder}: give more rows, or a lower --found-by")
     cardinalities = {HISTORY: int(number.max()) + 1, LIKED: to_find}
-    written = {f: _write(f"{output}/{f}", name, dealt[: len(own)], own, cardinalities) for f, own in rows.items()}
+    with ExitStack() as both:  # a failure of one leaves nothing of the other
+        writers = {folder: both.enter_context(DatasetWriter(f"{output}/{folder}")) for folder in rows}
+        try:
+            for writer, own in zip(writers.values(), rows.values(), strict=True):
+                _write(writer.staged(_PART), name, dealt[: len(own)], own, cardinalities)
+                writer.publish(_PART)
+            for writer in writers.values():
+                writer.finish()
+        except OSError as error:
+            raise writer.failed(error) from error
     return {
         "output": output,
-        "bytes": sum(written.values()),
+        "bytes": sum(writer.bytes for writer in writers.values()),
         "people": {folder: len(np.unique(np.concatenate(own))) for folder, own in rows.items()},
         "rows": {folder: sum(map(len, own)) for folder, own in rows.items()},
         "items": cardinalities[HISTORY],
@@ -135,13 +146,13 @@ class _Lists:
 
 
 def _write(
-    output: str,
+    path: Path,
     source: str,
     dealt: Sequence[Sequence[_Lists]],
     rows: Sequence[np.ndarray],
     cardinalities: dict[str, int],
-) -> int:
-    """rows: the people of each deal. Returns the bytes on disk."""
+) -> None:
+    """rows: the people of each deal."""
     size = sum(map(len, rows))
     lists = [
         pa.chunked_array([own[k].array.take(pa.array(chosen)) for own, chosen in zip(dealt, rows, strict=True)])
@@ -151,11 +162,4 @@ def _write(
     schema = Schema(source=source, label="label", dense=[], categorical=bags, rows=size, positives=size)
     table = pa.table([pa.array(np.ones(size, np.int8)), *lists], names=["label", *cardinalities])
     stated = {METADATA_KEY: schema.model_dump_json(exclude_none=True).encode()}
-    with DatasetWriter(output) as writer:
-        try:
-            pq.write_table(table.replace_schema_metadata(stated), writer.staged(_PART), row_group_size=ROW_GROUP_ROWS)
-            writer.publish(_PART)
-            writer.finish()
-        except OSError as error:
-            raise writer.failed(error) from error
-    return writer.bytes
+    pq.write_table(table.replace_schema_metadata(stated), path, row_group_size=ROW_GROUP_ROWS)

@@ -90,6 +90,17 @@ def test_rare_items_are_known_but_not_to_be_found(log: tuple[Path, dict[int, set
     assert people(tmp_path / "out" / "train") == [row for row in kept if row["liked"]]
 
 
+def test_when_one_folder_cannot_be_written_the_other_is_not_either(
+    log: tuple[Path, dict[int, set[int]]], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    (output / "eval").mkdir(parents=True)
+    (output / "eval" / "old").touch()
+    with pytest.raises(DataError, match="out/eval: exists already; remove it or name another output"):
+        convert_histories([str(log[0])], str(output))
+    assert [path.name for path in output.iterdir()] == ["eval"]
+
+
 def test_nobody_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user,item\n1,2\n2,3\n")
     with pytest.raises(DataError, match="nobody is left for train: give more rows, or a lower --found-by"):
