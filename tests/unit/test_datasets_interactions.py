@@ -131,9 +131,13 @@ AVAZU = "1000009418151094273,0,14102100,1005,0,1fbe01fe,f3845767,28905ebd,ecad23
 AVAZU += "a99f214a,ddd2926e,44956a24,1,2,15706,320,50,1722,0,35,-1,79"
 
 
-def test_the_page_of_results_draws_a_fifth_of_the_rows_apart(tmp_path, monkeypatch):
+def data_of_the_page_of_results() -> list[str]:
     page = (Path(__file__).parents[2] / "docs" / "results-methods.md").read_text()
-    (code,) = re.findall(r"^```python data\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python data\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_of_results_draws_a_fifth_of_the_rows_apart(tmp_path, monkeypatch):
+    code, _ = data_of_the_page_of_results()
     rows = [f"{i},{i % 7},{i % 5 + 1}" for i in range(2000)]
     (tmp_path / "ml-1m").mkdir()
     with gzip.open(tmp_path / "ml-1m" / "ratings.csv.gz", "wt") as file:
@@ -145,6 +149,21 @@ def test_the_page_of_results_draws_a_fifth_of_the_rows_apart(tmp_path, monkeypat
         convert_interactions([f"{name}.csv"], name)
         users[name] = [row["user"] for row in rows_of(tmp_path / name)]
     assert sorted(users["train"] + users["eval"]) == list(range(2000)) and 340 < len(users["eval"]) < 460
+
+
+def test_the_page_of_results_draws_a_fifth_of_the_pairs_apart(tmp_path, monkeypatch):
+    """A pair that stands twice stays on one side, and what is not a rating on neither."""
+    _, code = data_of_the_page_of_results()
+    rows = [f"{i % 7},{i % 500},{i % 3},{i % 6},{i}" for i in range(7000)]
+    (tmp_path / "ciao").mkdir()
+    with gzip.open(tmp_path / "ciao" / "ratings.csv.gz", "wt") as file:
+        file.write("\n".join(["user,item,category,rating,helpfulness", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    drawn = {name: (tmp_path / f"{name}.csv").read_text().splitlines()[1:] for name in ("train", "eval")}
+    assert sorted(drawn["train"] + drawn["eval"]) == sorted(row for row in rows if row.split(",")[3] != "0")
+    pairs = {name: {tuple(row.split(",")[:2]) for row in own} for name, own in drawn.items()}
+    assert not pairs["train"] & pairs["eval"] and 0.17 < len(pairs["eval"]) / 3500 < 0.23
 
 
 def test_avazu(tmp_path):
