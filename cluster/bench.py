@@ -164,7 +164,7 @@ def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
     from ..parameter_server.security import Certificates
 
     module, contenders, wanted = "parameter_server.rpc_bench", [], {}
-    sizes = ("64k", "1024k", "4096k", "16384k", "65536k")
+    sizes = ("64k", "256k", "1024k", "4096k", "16384k", "65536k")
     for kind, widths, names in (
         ("transport", (64,), ("grpc", "bare", "socket")),
         ("real", (16, 64, 128), ("grpc", "socket")),

@@ -302,6 +302,10 @@ def test_more_bytes_than_needed_give_the_ratio_one() -> None:
     ("config", "message"),
     [
         ({"method": "full"}, r"embedding\.bytes: no feature is left to be sized"),
+        (
+            {"method": "hash", "features": {"c2": {"method": "mem_rec", "scope": "field"}}},
+            r"embedding\.bytes: feature 'c2' shares mem_rec's table .* give its token_rows, or choose mem_rec",
+        ),
         ({"method": "qr", "ratio": 4}, "no feature is left to be sized"),
         (
             {"method": "memcom"},

@@ -97,6 +97,11 @@ def _sized(features: list[Feature], budget: int | None) -> list[Feature]:
         return size_shared_tables(features)
     if all(feature.method == "mem_rec" for feature in features):
         return size_shared_tables(features, budget // 4)
+    if shared := next((f for f in features if f.method == "mem_rec" and f.token_rows is None), None):
+        raise EmbeddingError(
+            f"embedding.bytes: feature {shared.name!r} shares mem_rec's table with others, and beside other methods "
+            f"nothing says how large that is to be: give its token_rows, or choose mem_rec for every feature"
+        )
     sized = ["ratio" in METHODS[f.method].options and not _has_size(f) for f in features]
     return fit_bytes(
         features, sized, budget, lambda f: build_method(f, Optimizer()), lambda m: EmbeddingSize.of(m).parameters
