@@ -30,7 +30,7 @@ from embershard.cluster.rescale import Rescale
 from embershard.parameter_server import failpoints
 from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import StoreClient
-from embershard.parameter_server.store import ShardUnavailable
+from embershard.parameter_server.store import StoreError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from proxy import Proxy
@@ -194,8 +194,8 @@ class Shards:
         return result
 
     def arm(self, number: int, points: str) -> None:
-        with suppress(ShardUnavailable):  # one that stops or dies at once cannot answer any more
-            self.store.control_at(self.processes[number].address, "arm", {"points": points})
+        with suppress(StoreError):  # one that stops or dies at once cannot answer any more
+            self.store.control_at(self.processes[number].address, "arm", {"points": points}, within=2.0)
 
     def restart(self, number: int, *, elsewhere: bool = False) -> None:
         """A shard that dies, with its journal; nothing is told to the workers. elsewhere: at another address."""
