@@ -225,7 +225,10 @@ def _train(task: _Task, store: Store, consistency: str, pids: list[int], saved: 
     parts.watch(network, "forward", "forward")
     parts.watch(torch.Tensor, "backward", "backward")
     parts.watch(learner.optimizer, "step", "dense_update")
-    readings = task.time(step)
+    try:
+        readings = task.time(step)
+    finally:
+        parts.unwatch()
     readings["checkpoints"] = sum(save.done() for save in saves)
     for save in saves:
         save.result()
@@ -279,6 +282,10 @@ class _Parts:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
         self._cpu: dict[str, float] = defaultdict(float)
+        self._watched = ExitStack()
+
+    def unwatch(self) -> None:
+        self._watched.close()
 
     def clear(self) -> None:
         self._seconds.clear()
@@ -297,6 +304,7 @@ class _Parts:
                 return original(*args, **kwargs)
 
         setattr(owner, method, timed)
+        self._watched.callback(setattr, owner, method, original)
 
     def each(self, part: str, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:

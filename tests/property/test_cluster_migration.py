@@ -226,7 +226,7 @@ def test_a_new_shard_takes_its_share_of_the_traffic() -> None:
     assert borne.max() <= 1.5 * borne.mean()
 
 
-def test_a_move_can_be_given_up_until_it_is_committed() -> None:
+def about_to_commit() -> Migration:
     migration = Migration(BlockMap.initial(40, ("a", "b")), ("a", "b"), [Move(0, 0, 1)])
     while migration.phase is not Phase.COMMIT:
         assert migration.calls() or migration.phase is Phase.JOIN  # nobody joins
@@ -235,6 +235,11 @@ def test_a_move_can_be_given_up_until_it_is_committed() -> None:
             Phase.SETTLE: {"settled": True, "generation": None, "workers": 0, "done": [], "early": []},
         }
         migration.succeeded([results.get(migration.phase, 0) for _ in migration.calls()])
+    return migration
+
+
+def test_a_move_can_be_given_up_until_it_is_committed() -> None:
+    migration = about_to_commit()
     other = Migration(BlockMap.initial(40, ("a", "b")), ("a", "b"), [Move(0, 0, 1)])
     assert other.cancel()
     assert [call.method for call in other.calls() if isinstance(call, Call)] == ["cancel_moves", "cancel_moves"]
@@ -244,17 +249,10 @@ def test_a_move_can_be_given_up_until_it_is_committed() -> None:
 
 
 def test_of_a_commit_that_failed_the_old_map_is_written_before_anything_is_undone() -> None:
-    before = BlockMap.initial(40, ("a", "b"))
-    migration = Migration(before, ("a", "b"), [Move(0, 0, 1)])
-    while migration.phase is not Phase.COMMIT:
-        results = {
-            Phase.CLOSE: {"step": 0, "lag": 0},
-            Phase.SETTLE: {"settled": True, "generation": None, "workers": 0, "done": [], "early": []},
-        }
-        migration.succeeded([results.get(migration.phase, 0) for _ in migration.calls()])
+    migration = about_to_commit()
     migration.failed(Lost())
     for _ in range(2):
-        assert migration.calls() == [Commit(before)]
+        assert migration.calls() == [Commit(migration.before)]
         migration.failed(Lost())
     assert not migration.cancel()
     migration.succeeded([None])

@@ -125,6 +125,16 @@ def test_workers_are_asked_for_in_the_range_of_the_run(run, tmp_path: Path, monk
     folder.close("finished")
 
 
+def test_giving_up_a_scaling_is_asked_for_alone(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    asked: list[str] = []
+    monkeypatch.setattr(calls, "ask", lambda coordinator, method: asked.append(method) or True)
+    monkeypatch.setattr(cli_scale, "_coordinator", lambda folder: nullcontext("coordinator"))
+    both = run("scale", "r", "--shards", "3", "--give-up")
+    assert (both.code, "alone --give-up" in both.error, asked) == (2, True, [])
+    result = run("scale", "r", "--give-up", "--json")
+    assert asked == ["give_up_scaling"] and result.json == {"given_up": True}
+
+
 @pytest.mark.parametrize("log", ["log", "memory://generated-log"])
 def test_generate_then_inspect(run, log: str) -> None:  # type: ignore[no-untyped-def]
     made = run("generate", log, "--rows", "3000", "--cardinalities", "50,9", "--json")

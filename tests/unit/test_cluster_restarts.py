@@ -13,6 +13,7 @@ import pytest
 from embershard.cluster import run_state, shard_group
 from embershard.cluster.coordinator import Coordinator
 from embershard.cluster.errors import RunFailed, is_final
+from embershard.cluster.rescale import Rescale, RescaleError
 from embershard.cluster.restarts import RestartPolicy
 from embershard.cluster.run_folder import RunFolder, read_metrics, read_run
 from embershard.cluster.run_state import Member, RunState, ShardPlan
@@ -20,6 +21,7 @@ from embershard.cluster.shard_actor import Pulse, Whereabouts
 from embershard.cluster.shard_group import ShardGroup, _ending
 from embershard.datasets.schema import DataError
 from embershard.parameter_server.blocks import BlockMap
+from embershard.parameter_server.local import LocalStore
 from embershard.parameter_server.store import FencedError
 from embershard.workers.embeddings.gradients import GradientError
 from pydantic import SecretStr
@@ -125,6 +127,15 @@ def test_a_block_map_that_could_not_be_written_is_not_in_force(
     with pytest.raises(RuntimeError, match="the head"):
         coordinator._write(BlockMap(9, before.owners, before.addresses))
     assert coordinator.block_map() is before
+
+
+def test_only_a_scaling_under_way_can_be_given_up(coordinator: Any) -> None:
+    assert not coordinator.give_up_scaling()
+    with LocalStore() as store:
+        coordinator._rescale = Rescale(store, lambda: store.block_map.addresses, lambda block_map: None)
+        assert coordinator.give_up_scaling()
+        with pytest.raises(RescaleError, match="given up"):
+            coordinator._rescale.join(1)
 
 
 def test_a_coordinator_that_comes_back_takes_out_shards_that_had_not_joined(
