@@ -162,6 +162,7 @@ class ShardServer:
                     if failpoints.active("network.answer"):
                         stream.close()  # its writer has not run yet; what this call let through of others is answered
                         await self._break(context, "network.answer")
+            await stream.all_answered()  # the client asks no more, and reads on
         except FrameError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"shard {self.shard.number}: {error}")
         finally:
@@ -266,6 +267,12 @@ class _Stream:
             self._room.clear()
             await self._room.wait()
         self._open += 1
+
+    async def all_answered(self) -> None:
+        """Waits until what was begun is answered; every call has a deadline."""
+        while self._open:
+            self._room.clear()
+            await self._room.wait()
 
     def answer(self, number: int, reply: Reply, newer: Any) -> None:
         self._unsent_bytes += _row_bytes(reply)

@@ -15,8 +15,9 @@ from embershard.parameter_server.blocks import BlockMap
 from embershard.parameter_server.client import SERVICE, StoreClient
 from embershard.parameter_server.kernels import locate
 from embershard.parameter_server.protocol import shard_pb2 as pb
-from embershard.parameter_server.protocol.frames import CHANNEL_OPTIONS, Decoded, encode
-from embershard.parameter_server.requests import INVALID, Clock
+from embershard.parameter_server.protocol.frames import CHANNEL_OPTIONS, Assembler, Decoded, encode
+from embershard.parameter_server.protocol.messages import encode_request
+from embershard.parameter_server.requests import INVALID, Clock, PullRequest, RowSet
 from embershard.parameter_server.server import ShardServer
 from embershard.parameter_server.shard import Shard
 from embershard.parameter_server.store import FencedError, StoreError, StoreTimeout
@@ -115,6 +116,21 @@ def test_a_call_of_many_frames(cluster):
         store.push([part], [grads], [0.5]).result()
         np.testing.assert_allclose(store.pull([part]).result()[0], before - 0.5 * grads, rtol=0, atol=1e-6)
         assert store.counters.wire_bytes > 3 * 20_000 * 64 * 4
+
+
+def test_a_client_that_asks_no_more_still_gets_its_answers(cluster):
+    """Its stream is half closed long before the shard could send all of 40 MB."""
+    with cluster.connect() as store:
+        store.create_tables([TableSpec(name="wide", rows=40_000, width=64)])
+        own, each = np.flatnonzero(cluster.block_map.owners == 0), store.layout.slabs[0].rows_per_block
+        index = (own[:, None] * each + np.arange(each)).reshape(-1).astype(np.uint32)
+        counts = np.full(len(own), each, np.uint32)
+        header, arrays = encode_request(PullRequest([RowSet(0, index, own.astype(np.uint16), counts)]), 20.0)
+        frames = [frame for call in range(1, 13) for frame in encode(call, header, arrays)]
+        with grpc.insecure_channel(cluster.servers[0].address, options=CHANNEL_OPTIONS) as channel:
+            answers = channel.stream_stream(f"/{SERVICE}/Exchange")(iter(frames))
+            assembler = Assembler()
+            assert sum(assembler.add(frame) is not None for frame in answers) == 12
 
 
 def test_lost_answers_are_repeated_and_count_once(cluster):
