@@ -1,4 +1,4 @@
-"""The workers of a run grow with the cluster and shrink with it: at the end every row of the epoch has counted once.
+"""Workers grow and shrink, with the cluster and when asked to: at the end every row of the epoch has counted once.
 
 Every row has an id of its own. As many samples were trained as there are rows, and a gradient has reached every id: so
 none was trained twice.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from embershard.cluster.run_folder import read_metrics
+from embershard.workers.checkpoints import newest
 from nodes import Nodes
 from train_run import Run, tables
 
@@ -62,8 +64,9 @@ def home(tmp_path: Path, nodes: Nodes) -> Path:
     return tmp_path
 
 
-def status(run: Run) -> dict[str, Any]:
-    command = [sys.executable, "-m", "embershard", "status", str(run.folder), "--json"]
+def command(run: Run, name: str, *options: str) -> dict[str, Any]:
+    """What an `embershard` command about the run prints as JSON."""
+    command = [sys.executable, "-m", "embershard", name, str(run.folder), *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -77,7 +80,7 @@ def changes(run: Run) -> list[dict[str, Any]]:
 def test_a_group_grows_and_shrinks_with_the_cluster(home: Path, nodes: Nodes) -> None:
     run = Run(home, "elastic")
     run.wait_until(run.steps, "the first steps")
-    assert status(run)["workers"] == 1
+    assert command(run, "status")["workers"] == 1
     more = nodes.add(cpus=1)
     run.wait_until(lambda: changes(run), "more workers")
     run.wait_until(lambda: run.steps()[-1]["generation"] == 2, "their steps")
@@ -98,6 +101,33 @@ def test_a_group_grows_and_shrinks_with_the_cluster(home: Path, nodes: Nodes) ->
     for before, after in itertools.pairwise(run.steps()):
         if before["generation"] != after["generation"]:
             print(f"{after['time'] - before['time']:.1f} s without a step", file=sys.stderr)
+
+
+def test_a_group_shrinks_and_grows_when_asked_to(home: Path, nodes: Nodes) -> None:
+    """Each time from a checkpoint that it writes for that: there are no others, so no step is done again."""
+    nodes.add(cpus=2)  # the shards are spread over both nodes, and three workers fit beside them
+    run = Run(home, "asked", "data.batch_size=4", "checkpoint.every=0", "checkpoint.keep=9")
+    run.wait_until(lambda: run.steps() and command(run, "status")["workers"] == 3, "three workers")
+    before = len(changes(run))  # Ray may have said of the second node only after the run had begun without it
+    for now, workers in ((3, 1), (1, 2)):
+        seen = len(changes(run))
+        assert command(run, "scale", "--workers", str(workers)) == {"workers": now, "wanted": workers}
+        run.wait_until(lambda seen=seen: len(changes(run)) > seen, f"{workers} workers")
+        run.wait_until(lambda: run.steps()[-1]["generation"] == changes(run)[-1]["generation"], "their steps")
+        assert command(run, "status")["workers"] == workers
+    run.process.send_signal(signal.SIGINT)
+    _, notes = run.process.communicate(timeout=120)
+    assert run.process.returncode == 130, notes
+    last, damaged = newest(str(run.folder / "checkpoints"))
+    assert last is not None and not damaged
+    assert [change["workers"] for change in changes(run)[before:]] == [1, 2]
+    assert not any(change["steps_redone"] for change in changes(run))
+    written = sorted(int(path.name.removeprefix("step-")) for path in (run.folder / "checkpoints").iterdir())
+    assert written == [*(change["step"] for change in changes(run)), last.step]
+    steps = [record["step"] for record in run.steps()]
+    assert steps == sorted(set(steps)), "a step was done twice"
+    assert 0 < last.state["samples"] == rows_trained(last.path) < ROWS
+    print(f"\n{notes}", file=sys.stderr)
 
 
 def rows_trained(checkpoint: str) -> int:
