@@ -84,4 +84,4 @@ def _apply(pieces: Sequence[Tensor], vectors: Tensor) -> Tensor:
 def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
     """[N, m * n], rows of the matrices one after another, and [N, n] -> [N, m]."""
     n = vectors.shape[1]
-    return torch.bmm(matrices.view(len(matrices), matrices.shape[1] // n, n), vectors.unsqueeze(2)).squeeze(2)
+    return torch.bmm(matrices.view(-1, matrices.shape[1] // n, n), vectors.unsqueeze(2)).squeeze(2)
