@@ -147,13 +147,18 @@ def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict
 
 def bench_moves(rounds: int, gigabytes: float, blocks: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """A shard leaves while a worker trains, with and without journals, beside the raw socket."""
+    contenders, wanted = _moves(gigabytes, blocks)
+    return run_rounds(contenders, rounds, tell).summary(wanted)
+
+
+def _moves(gigabytes: float, blocks: int) -> tuple[list[Contender], dict[str, tuple[str, str]]]:
     size = {"gigabytes": gigabytes, "blocks": blocks}
     leaving = _contender("moves", "cluster.move_bench", "leave", **size)
     journal = _contender("moves_journal", "cluster.move_bench", "leave", **size, journal=True)
     raw = _contender("socket", "parameter_server.rpc_bench", "socket", width=64, ready=True)
     below = "socket.pull_65536k_gbps"
     wanted = {"moves_over_raw_socket": ("moves.gbps", below), "moves_journal_over_raw": ("moves_journal.gbps", below)}
-    return run_rounds([leaving, journal, raw], rounds, tell).summary(wanted)
+    return [leaving, journal, raw], wanted
 
 
 def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -261,8 +266,11 @@ def bench_train(
     return comparison.summary(wanted)
 
 
-def bench_durability(rounds: int, dim: int, batch: int, steps: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """What a journal, checkpoints in the background and, with RAY_USE_TLS, mutual TLS cost the training of 2 shards."""
+def bench_durability(
+    rounds: int, dim: int, batch: int, steps: int, gigabytes: float, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """What it costs that nothing is lost: a journal, checkpoints in the background and, with RAY_USE_TLS, mutual TLS
+    beside training without them; a shard that is killed; `gigabytes` that move."""
     from ..parameter_server.security import Certificates
     from ..workers.bench import write_batches
 
@@ -273,14 +281,17 @@ def bench_durability(rounds: int, dim: int, batch: int, steps: int, tell: Callab
     }
     if Certificates.of_environment() is not None:
         variants["mtls"] = {"mtls": True}
+    moving, wanted = _moves(gigabytes, blocks=32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "batches.npz")
         write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
         common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2, "shards": 2, "consistency": "bounded"}
-        contenders = [_beside_shards(name, **common, **how) for name, how in variants.items()]
-        comparison = run_rounds(contenders, rounds, tell)
+        training = [_beside_shards(name, **common, **how) for name, how in variants.items()]
+        killed = _contender("killed", "cluster.kill_bench", "killed")
+        comparison = run_rounds([*training, killed, *moving], rounds, tell)
     rate = "samples_per_second"
-    return comparison.summary({f"{name}_over_none": (f"{name}.{rate}", f"none.{rate}") for name in [*variants][1:]})
+    wanted |= {f"{name}_over_none": (f"{name}.{rate}", f"none.{rate}") for name in [*variants][1:]}
+    return comparison.summary(wanted)
 
 
 def _free_port() -> int:

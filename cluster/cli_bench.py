@@ -14,6 +14,7 @@ bench = typer.Typer(
 )
 
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; every contender runs once in each.")]
+Gigabytes = Annotated[float, typer.Option(min=0.001, help="Rows and optimizer state of all shards that move blocks.")]
 
 
 @bench.command(epilog="Example: embershard bench kernels --rounds 3 --json")
@@ -35,7 +36,7 @@ def rpc(rounds: Rounds = 7, as_json: Json = False, debug: Debug = False) -> None
 @bench.command(epilog="Example: embershard bench moves --gigabytes 2 --rounds 3")
 def moves(
     rounds: Rounds = 3,
-    gigabytes: Annotated[float, typer.Option(min=0.001, help="Rows and optimizer state of all shards.")] = 2.0,
+    gigabytes: Gigabytes = 2.0,
     blocks: Annotated[int, typer.Option(min=30, help="Blocks of the table; fewer are larger.")] = 32,
     as_json: Json = False,
     debug: Debug = False,
@@ -85,13 +86,15 @@ def durability(
     dim: Annotated[int, typer.Option(min=1, help="Width of the embeddings.")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 2048,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps per round.")] = 60,
+    gigabytes: Gigabytes = 2.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Training with a journal, with checkpoints all the time, and with mutual TLS, beside none of them."""
+    """Training with a journal, with checkpoints all the time, and with mutual TLS, beside none of them; seconds from
+    the kill of a shard to the next step; blocks that move, beside a raw socket."""
     from .bench import bench_durability
 
-    _show(bench_durability(rounds, dim, batch, steps, _tell), as_json)
+    _show(bench_durability(rounds, dim, batch, steps, gigabytes, _tell), as_json)
 
 
 def _has_fbgemm() -> bool:

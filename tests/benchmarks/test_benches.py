@@ -27,7 +27,7 @@ BENCHES: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
     "kernels": (partial(bench_kernels, 1, PEERS), 30 if PEERS else 18),
     "rpc": (partial(bench_rpc, 1), 60),
     "train": (partial(bench_train, 1, PEERS, False, 16, 256, 3), 24 if PEERS else 16),
-    "durability": (partial(bench_durability, 1, 16, 256, 3), 2),
+    "durability": (partial(bench_durability, 1, 16, 256, 3, 0.05), 4),
     "moves": (partial(bench_moves, 1, 0.05, 8), 2),
     "stream": (partial(bench_stream, 1, None, 60_000, False), 2),
 }
