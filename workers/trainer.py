@@ -179,12 +179,13 @@ class _Run:
     def _total_steps(self, cursor: Cursor | None) -> int:
         """The number of the last step, from the beginning of the run."""
         first = 0 if cursor is None else cursor.epoch
-        left = sum(
-            self.stream.steps(epoch, cursor if epoch == first else None)
-            for epoch in range(first, self.job.train.epochs)
-        )
-        total = self.step + left
-        return total if self.job.train.max_steps is None else min(total, max(self.step, self.job.train.max_steps))
+        last = self.job.train.max_steps
+        total = self.step
+        for epoch in range(first, self.job.train.epochs):
+            if last is not None and total >= last:
+                break
+            total += self.stream.steps(epoch, cursor if epoch == first else None)
+        return total if last is None else min(total, max(self.step, last))
 
     def _batches(self, cursor: Cursor | None) -> Iterator[Batch]:
         first, last = 0 if cursor is None else cursor.epoch, self.job.train.epochs - 1

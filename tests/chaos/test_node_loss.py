@@ -89,7 +89,7 @@ def test_the_node_of_the_worker(home: Path, nodes: Nodes, in_peace: Any) -> None
 
 def test_the_node_of_the_coordinator(home: Path, nodes: Nodes) -> None:
     """It comes back on another node with its state, and training goes on meanwhile: a stop is heard, nothing redone."""
-    run = begin(home, nodes, "node-of-the-coordinator", "train.epochs=100000")
+    run = begin(home, nodes, "node-of-the-coordinator", "train.epochs=2000")
     reach(run, 1)
     node = nodes.add(cpus=0)
     while not nodes.processes(node, "Coordinator"):  # Ray places what asks for nothing anywhere

@@ -93,7 +93,7 @@ def test_the_coordinator_is_killed(home: Path, in_peace: Any) -> None:
 
 def test_a_killed_driver_leaves_nothing_behind(home: Path) -> None:
     """The coordinator misses its heartbeat and ends everything of the run."""
-    run = Run(home, "driver", "train.epochs=100000", "cluster.driver_timeout=10")
+    run = Run(home, "driver", "train.epochs=2000", "cluster.driver_timeout=10")
     run.wait_until(run.steps, "the first step")
     assert len(processes("ShardActor")) == 2
     run.process.kill()

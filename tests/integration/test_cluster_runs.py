@@ -103,10 +103,10 @@ def groups_of(run: Path) -> list[str]:
 def test_two_runs_side_by_side(folder: Path) -> None:
     """One, with two workers, is stopped by Ctrl-C and resumed; the other ends by an id that is wrong, in one line."""
     run = folder / "two"
-    two = Command(folder, "train", "small.yaml", "run.dir=two", "cluster.workers=2", "train.epochs=100000")
+    two = Command(folder, "train", "small.yaml", "run.dir=two", "cluster.workers=2", "train.epochs=1000")
     # An id beyond the stated cardinality shows only when rows are read: in a worker, and it is the user's to mend.
     wrong = Command(
-        folder, "train", "small.yaml", "run.dir=wrong", "embedding.features.c1.cardinality=5", "train.max_steps=20"
+        folder, "train", "small.yaml", "run.dir=wrong", "embedding.features.c1.cardinality=5", "cluster.shards=1"
     )
     two.wait_until(lambda: read_metrics(run))
     two.process.send_signal(signal.SIGINT)
@@ -116,7 +116,7 @@ def test_two_runs_side_by_side(folder: Path) -> None:
     step = assert_stopped(run, *two.finish())
 
     last = step + 10
-    resumed = Command(folder, "train", "two", "--resume", "train.epochs=100000", f"train.max_steps={last}", "--json")
+    resumed = Command(folder, "train", "two", "--resume", "train.epochs=1000", f"train.max_steps={last}", "--json")
     assert_finished(run, step, last, *resumed.finish())
 
 
