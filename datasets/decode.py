@@ -62,6 +62,8 @@ def _found(file: DataFile, name: str) -> pa.DataType:
     if name not in names:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise DataError(f"{file.path}: no column {name!r}; it has {shown}")
+    if names.count(name) > 1:
+        raise DataError(f"{file.path}: {names.count(name)} columns are called {name!r}: write it with one of them")
     return file.arrow_schema.field(name).type
 
 

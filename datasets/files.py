@@ -71,10 +71,10 @@ def _embedded(file: DataFile) -> Schema | None:
 
 
 def _foreign(path: str, bare: DataFile, files: Sequence[DataFile], config: DataConfig) -> Schema:
-    if config.label is None or config.dense is None or (config.categorical is None and config.bags is None):
+    if config.label is None or (config.categorical is None and config.bags is None):
         raise DataError(
-            f"{bare.path}: no embershard metadata, so name its columns: give data.label=..., data.dense=[...] and "
-            f"data.categorical=[...] or data.bags=[...] (`embershard inspect {path}` proposes them)"
+            f"{bare.path}: no embershard metadata, so name its columns: give data.label=..., data.categorical=[...] or "
+            f"data.bags=[...], and data.dense=[...] if there are any (`embershard inspect {path}` proposes them)"
         )
     names = _match(config.dense, "data.dense", bare, {config.label}, _is_number)
     types = [file.arrow_schema.field(n).type for file in files for n in names if n in file.arrow_schema.names]

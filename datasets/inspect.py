@@ -24,6 +24,7 @@ _EXAMPLES = _SHOWN_IDS = 3
 _COUNTED_GROUPS = 16
 _LABELS = ("label", "click", "clicked", "is_click", "target", "y")
 _DENSE = re.compile(r"(i|int|dense|num)_?\d+", re.IGNORECASE)
+_ROW_NUMBER = re.compile(r"__index_level_\d+__")  # what pandas calls an index that nobody named
 
 
 def describe(path: str, verify: bool = False) -> dict[str, Any]:
@@ -31,7 +32,8 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
 
     Returns:
         {source, files, row_groups, rows, bytes (on disk), positives, label_rate, counted_rows, best_auc, columns,
-        examples, mapping}, None where nobody counted. counted_rows: the rows that positives, label_rate, distinct and
+        examples, mapping, not_counted}, None where nobody counted. not_counted, only where `train` would refuse the
+        columns of the mapping too: why. counted_rows: the rows that positives, label_rate, distinct and
         frequent were counted on, all or a sample. columns: a dict per column with name, role (label, dense,
         categorical, bag, weights, unused), type, distinct, cardinality, missing (share of nulls), frequent (the most
         frequent ids, each with how often it comes at least). examples: the first rows. mapping: the settings
@@ -50,12 +52,12 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     rows = sum(sum(file.rows) for file in files)
     positives = schema.positives if schema is not None else None
     sketch: IdSketch | None = None
-    counted_rows = rows if positives is not None else None
+    counted_rows, reason = (rows if positives is not None else None), None
     if schema is not None and positives is None and rows:
         try:
             counted_rows, positives, sketch = _count(files, schema)
-        except DataError:  # --verify tells what is wrong
-            positives = None
+        except DataError as error:
+            reason = str(error)
     summary: dict[str, Any] = {
         "source": schema.source if stated and schema is not None else "parquet",
         "files": len(files),
@@ -70,6 +72,8 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
         "examples": _examples(files[0]),
         "mapping": {f"data.{role}": names for role, names in (mapping or {}).items()},
     }
+    if reason is not None:
+        summary["not_counted"] = reason
     if verify:
         summary["problems"] = ["no label column was found"] if schema is None else _verify(files, schema)
     return summary
@@ -81,7 +85,7 @@ def _propose(file: DataFile) -> dict[str, Any]:
     fields = {field.name: field.type for field in file.arrow_schema}
     known = {name.lower(): name for name in fields}
     label = next((known[name] for name in _LABELS if name in known), None)
-    rest = {name: of for name, of in fields.items() if name != label}
+    rest = {name: of for name, of in fields.items() if name != label and not _ROW_NUMBER.fullmatch(name)}
     dense = [
         n for n, of in rest.items() if pa.types.is_floating(of) or (pa.types.is_integer(of) and _DENSE.fullmatch(n))
     ]

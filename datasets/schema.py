@@ -103,7 +103,8 @@ class DataConfig(BaseModel):
     eval_batch_size: int = Field(default=4096, gt=0, description="rows per evaluation step, over all workers together")
     label: str | None = Field(default=None, description="label column; None: as the files' metadata says")
     dense: Sequence[str] | None = Field(
-        default=None, description="numeric columns, patterns such as i* allowed; None: as the files' metadata says"
+        default=None,
+        description="numeric columns, patterns such as i* allowed; None: as the files' metadata says, else none",
     )
     categorical: Sequence[str] | None = Field(
         default=None, description="id columns, integers or strings, patterns allowed; None: as the files' metadata says"

@@ -81,6 +81,20 @@ def refused(path: Path | str, config: DataConfig) -> str:
     return str(caught.value)
 
 
+def test_without_dense_columns_none_need_be_named(tmp_path):
+    write(tmp_path / "a.parquet", table())
+    schema = load_schema(str(tmp_path), DataConfig(label="clicked", categorical=["user"]))
+    assert (schema.dense_names, schema.categorical_names) == ([], ["user"])
+    assert refused(tmp_path, DataConfig(label="clicked", dense=["price"])).count("data.bags=[...]") == 1
+
+
+def test_two_columns_of_one_name_are_refused_by_name(tmp_path):
+    content = pa.Table.from_arrays([pa.array([0, 1])] * 3, names=["clicked", "user", "user"])
+    write(tmp_path / "a.parquet", content)
+    message = refused(tmp_path, DataConfig(label="clicked", categorical=["user"]))
+    assert "a.parquet: 2 columns are called 'user'" in message
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_bags_strings_and_weights_are_those_of_the_table(tmp_path, shuffle):
     for seed in (0, 1):

@@ -245,6 +245,21 @@ def test_describe_counts_labels_and_different_ids_of_foreign_files(tmp_path):
     assert load_schema(str(tmp_path), config).rows == rows
 
 
+def test_the_index_that_pandas_writes_is_not_proposed(tmp_path):
+    content = pa.table({"label": [0, 1], "user": [4, 5], "__index_level_0__": [7, 9]})
+    pq.write_table(content, tmp_path / "a.parquet")
+    summary = describe(str(tmp_path))
+    assert summary["mapping"] == {"data.label": "label", "data.dense": [], "data.categorical": ["user"]}
+    assert summary["columns"][2]["role"] == "unused" and "not_counted" not in summary
+
+
+def test_describe_says_why_nothing_was_counted(tmp_path):
+    pq.write_table(pa.table({"label": ["0", "1"], "user": [4, 5]}), tmp_path / "a.parquet")
+    summary = describe(str(tmp_path))
+    assert summary["positives"] is None and summary["counted_rows"] is None
+    assert summary["not_counted"].endswith("a.parquet: column 'label' is string, expected 0 or 1")
+
+
 def test_describe_without_a_label(tmp_path):
     pq.write_table(pa.table({"user": [1], "item": [2]}), tmp_path / "a.parquet")
     summary = describe(str(tmp_path), verify=True)
