@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from embershard.cluster.cli import app
 from embershard.cluster.coordinator import Coordinator
 from embershard.cluster.run_folder import read_metrics, read_run
 from embershard.cluster.run_state import ShardPlan
@@ -100,8 +101,11 @@ def groups_of(run: Path) -> list[str]:
     return [group["state"] for group in groups if group["name"].startswith(namespace) and group["state"] != "REMOVED"]
 
 
-def test_two_runs_side_by_side(folder: Path) -> None:
-    """One, with two workers, is stopped by Ctrl-C and resumed; the other ends by an id that is wrong, in one line."""
+def test_two_runs_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One, with two workers, gets a shard more, is stopped by Ctrl-C and resumed with as many shards as it began with.
+
+    The other ends by an id that is wrong, in one line.
+    """
     run = folder / "two"
     two = Command(folder, "train", "small.yaml", "run.dir=two", "cluster.workers=2", "train.epochs=1000")
     # An id beyond the stated cardinality shows only when rows are read: in a worker, and it is the user's to mend.
@@ -109,6 +113,8 @@ def test_two_runs_side_by_side(folder: Path) -> None:
         folder, "train", "small.yaml", "run.dir=wrong", "embedding.features.c1.cardinality=5", "cluster.shards=1"
     )
     two.wait_until(lambda: read_metrics(run))
+    app(["scale", str(run), "--shards", "3", "--json"], standalone_mode=False)  # in this process, which has joined Ray
+    assert_scaled(run, 3, capsys.readouterr().out)
     two.process.send_signal(signal.SIGINT)
     code, _, err = wrong.finish()
     assert code == 2, err
@@ -118,6 +124,15 @@ def test_two_runs_side_by_side(folder: Path) -> None:
     last = step + 10
     resumed = Command(folder, "train", "two", "--resume", "train.epochs=1000", f"train.max_steps={last}", "--json")
     assert_finished(run, step, last, *resumed.finish())
+
+
+def assert_scaled(run: Path, shards: int, out: str) -> None:
+    """There is one shard more, and it has got its share of the blocks from both others."""
+    result = json.loads(out.splitlines()[-1])
+    assert (result["shards"], result["blocks_moved"]) == (shards, SMALL["store"]["blocks"] // shards)
+    assert result["bytes_moved"] > 0 and 0 < result["longest_hold_seconds"] < SMALL["store"]["timeout"]
+    assert "workers were held" in out and "p99" in out
+    assert len([name for name in actors_of(run) if name.startswith("shard")]) == shards
 
 
 def assert_stopped(run: Path, code: int, out: str, err: str) -> int:
