@@ -344,7 +344,7 @@ def test_ids_beyond_are_an_error_or_taken_modulo(case: str) -> None:
     ("make", "message"),
     [
         (lambda: nn.MEmCom(N, D), "method memcom needs either"),
-        (lambda: nn.MEmCom(N, D, ratio=7), r"feature 'embedding': method memcom cannot be 7 times smaller"),
+        (lambda: nn.MEmCom(N, D, ratio=7), "^method memcom cannot be 7 times smaller"),
         (lambda: nn.QR(N, D, moduli=(7, 8)), "tell only 56 ids apart"),
         (lambda: nn.Full(N, D, mode="median"), "mode: 'median' is none of sum, mean and max"),
         (lambda: nn.Full(0, D), "^num_embeddings: Input should be greater than 0, found 0$"),

@@ -7,11 +7,10 @@ initial values are those of a store of the same seed and table name, so whatever
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,46 +19,35 @@ from ...parameter_server.memory import reserve
 from ...parameter_server.store import Store
 from ...parameter_server.tables import Optimizer, TableSpec
 from .base import EmbeddingError, Feature
+from .layers_arguments import Common, Mode, feature_of, in_own_words, refuse
 from .layers_stored import StoredTables
 from .planning import METHODS, check_options
 from .torch_rows import map_rows
-
-Mode = Literal["sum", "mean", "max"]
-
-
-class Common(TypedDict, total=False):
-    """What every layer takes besides its sizes; see `Layer`."""
-
-    mode: Mode
-    padding_idx: int | None
-    include_last_offset: bool
-    out_of_range: Literal["error", "modulo"]
-    seed: int
-    name: str
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-    store: Store | None
-    optimizer: Optimizer | None
 
 
 class Layer(nn.Module):
     """What stands in for torch.nn.EmbeddingBag. Each id's vector is composed first; bags are pooled after that.
 
+    Arguments are torch's, by name or in torch's order; sizes and what is ours follow by name.
+
     num_embeddings: ids lie in [0, num_embeddings). embedding_dim: d. mode: how a bag's vectors become one ("mean" as in
-    torch). padding_idx: an id that bags leave out. out_of_range: ids beyond are an error, or taken modulo. seed and
-    name: a table's initial values are those of the table `name.ROLE` in a store of that seed; ROLE is also the name of
-    its parameter. dtype: of the parameters; values are drawn in float32. Where ids are hashed, `hash_seeds` in the
-    state keeps a layer that hashes otherwise from loading it.
+    torch). padding_idx: an id that bags leave out. _weight: the table itself, for `Full` only. max_norm,
+    scale_grad_by_freq, sparse: errors, unless as torch has them by default. out_of_range: ids beyond are an error, or
+    taken modulo. seed and name: a table's initial values are those of the table `name.ROLE` in a store of that seed;
+    ROLE is also the name of its parameter. dtype: of the parameters; values are drawn in float32. Where ids are hashed,
+    `hash_seeds` in the state keeps a layer that hashes otherwise from loading it.
 
     store: the tables live there, from the same initial values on, and are trained by `step` with `optimizer`
     (row-wise Adagrad without one), never by a torch optimizer; the layer's parameters are then the method's dense ones,
     on the CPU in float32. For several features over one store `EmbeddingBagCollection` is quicker: one message for all.
 
     Raises:
-        EmbeddingError: sizes that the method cannot work with.
+        EmbeddingError: sizes that the method cannot work with, or an argument of torch's that no layer honours.
     """
 
     hash_seeds: Tensor
+    # What the options of a run's `embedding` section are called here.
+    words: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -67,42 +55,58 @@ class Layer(nn.Module):
         num_embeddings: int,
         embedding_dim: int,
         sizes: Mapping[str, Any],
-        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
         mode: Mode = "mean",
-        padding_idx: int | None = None,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
         include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         out_of_range: Literal["error", "modulo"] = "error",
         seed: int = 0,
         name: str = "embedding",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         store: Store | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("sum", "mean", "max"):
             raise EmbeddingError(f"mode: {mode!r} is none of sum, mean and max")
+        refuse(max_norm, scale_grad_by_freq, sparse)
         options = {"out_of_range": out_of_range, "seed": seed, **sizes}
-        feature = _feature(name=name, method=method, cardinality=num_embeddings, dim=embedding_dim, **options)
+        shape = {"method": method, "cardinality": num_embeddings, "dim": embedding_dim}
+        feature = feature_of(self.words, name=name, **shape, **options)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise EmbeddingError(f"padding_idx: {padding_idx} lies outside the {num_embeddings} ids")
-        check_options(feature)
+        if _weight is not None and (method != "full" or store is not None):
+            raise EmbeddingError("_weight: only Full without a store has the table that this would be; leave it out")
+        if _weight is not None and _weight.shape != (num_embeddings, embedding_dim):
+            raise EmbeddingError(f"_weight: has {list(_weight.shape)}, not {[num_embeddings, embedding_dim]}")
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.mode = mode
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.include_last_offset = include_last_offset
         self.stored = None
-        if store is not None:
-            self.stored = StoredTables(feature, mode, _suits(store, feature, device, dtype), optimizer)
-            return
-        self.method = METHODS[method](feature, Optimizer()).to(device=device, dtype=dtype)
+        try:
+            check_options(feature)
+            if store is not None:
+                self.stored = StoredTables(feature, mode, _suits(store, feature, device, dtype), optimizer)
+                return
+            self.method = METHODS[method](feature, Optimizer()).to(device=device, dtype=dtype)
+        except EmbeddingError as error:
+            error.args = (in_own_words(str(error), name, self.words),)
+            raise
         for table in self.method.tables:
-            values = torch.empty(table.rows, table.width, device=device, dtype=dtype)
+            values = torch.empty(table.rows, table.width, device=device, dtype=dtype) if _weight is None else _weight
             self.register_parameter(_role(table), nn.Parameter(values))
         if (seeds := self._hash_seeds()).numel():
             self.register_buffer("hash_seeds", seeds.to(device))
-        self.reset_parameters()
+        if _weight is None:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -123,9 +127,13 @@ class Layer(nn.Module):
         per_sample_weights: one per id, with mode "sum" only. An empty bag gives zeros.
 
         Raises:
-            EmbeddingError: an id outside [0, num_embeddings) (on a GPU and when compiled a RuntimeError, without it).
+            EmbeddingError: an id outside [0, num_embeddings) (on a GPU and when compiled a RuntimeError, without it);
+                ids of another dtype.
             ValueError: shapes that do not go together.
         """
+        for given in (input, offsets):
+            if given is not None and given.dtype not in (torch.int64, torch.int32):
+                raise EmbeddingError(f"input and offsets: int64 or int32, not {given.dtype}")
         if self.stored is not None:
             last, padding = self.include_last_offset, self.padding_idx
             out: Tensor = self.stored(input, offsets, per_sample_weights, last=last, padding=padding)
@@ -195,6 +203,8 @@ class Layer(nn.Module):
         return torch.from_numpy(np.array(seeds, np.uint64).view(np.int64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        if isinstance(self, Full) and f"{prefix}weight" in state_dict:  # saved by torch.nn.EmbeddingBag
+            state_dict[f"{prefix}full"] = state_dict.pop(f"{prefix}weight")
         saved = state_dict.get(f"{prefix}hash_seeds")
         if saved is not None and not torch.equal(saved.cpu(), self._hash_seeds()):
             *_, errors = rest
@@ -206,25 +216,27 @@ class Layer(nn.Module):
 
 
 class Full(Layer):
-    """One row per id: parameter `full`, num_embeddings x d."""
+    """One row per id: parameter `full`, num_embeddings x d. Loads the state of a torch.nn.EmbeddingBag too."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, **common: Unpack[Common]) -> None:
-        super().__init__("full", num_embeddings, embedding_dim, {}, **common)
+    def __init__(self, num_embeddings: int, embedding_dim: int, *bag: Any, **common: Unpack[Common]) -> None:
+        super().__init__("full", num_embeddings, embedding_dim, {}, *bag, **common)
 
 
 class Hash(Layer):
     """The hashing trick: parameter `hashed`. Takes hashed_rows or ratio; see `workers.embeddings.hash.Hash`."""
 
+    words: ClassVar = {"rows": "hashed_rows"}
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
-        *,
+        *bag: Any,
         hashed_rows: int | None = None,
         ratio: float | None = None,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__("hash", num_embeddings, embedding_dim, {"rows": hashed_rows, "ratio": ratio}, **common)
+        super().__init__("hash", num_embeddings, embedding_dim, {"rows": hashed_rows, "ratio": ratio}, *bag, **common)
 
 
 class QR(Layer):
@@ -233,11 +245,13 @@ class QR(Layer):
     Takes remainder_rows, moduli or ratio; see `workers.embeddings.qr.QR`.
     """
 
+    words: ClassVar = {"rows": "remainder_rows"}
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
-        *,
+        *bag: Any,
         remainder_rows: int | None = None,
         moduli: tuple[int, ...] | None = None,
         ratio: float | None = None,
@@ -248,7 +262,7 @@ class QR(Layer):
     ) -> None:
         sizes = {"rows": remainder_rows, "moduli": moduli, "ratio": ratio, "partitions": partitions}
         shape = {"operation": operation, "scheme": scheme}
-        super().__init__("qr", num_embeddings, embedding_dim, {**sizes, **shape}, **common)
+        super().__init__("qr", num_embeddings, embedding_dim, {**sizes, **shape}, *bag, **common)
 
 
 class QRPath(Layer):
@@ -257,11 +271,13 @@ class QRPath(Layer):
     inner_dim: hidden units of a function; None: one matrix. See `workers.embeddings.qr_path.QRPath`.
     """
 
+    words: ClassVar = {"rows": "remainder_rows"}
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
-        *,
+        *bag: Any,
         remainder_rows: int | None = None,
         moduli: tuple[int, ...] | None = None,
         partitions: int | None = None,
@@ -269,7 +285,7 @@ class QRPath(Layer):
         **common: Unpack[Common],
     ) -> None:
         sizes = {"rows": remainder_rows, "moduli": moduli, "partitions": partitions, "inner_dim": inner_dim}
-        super().__init__("qr_path", num_embeddings, embedding_dim, sizes, **common)
+        super().__init__("qr_path", num_embeddings, embedding_dim, sizes, *bag, **common)
 
 
 class MEmCom(Layer):
@@ -278,11 +294,13 @@ class MEmCom(Layer):
     Takes hashed_rows or ratio; see `workers.embeddings.memcom.MEmCom`.
     """
 
+    words: ClassVar = {"rows": "hashed_rows"}
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
-        *,
+        *bag: Any,
         hashed_rows: int | None = None,
         ratio: float | None = None,
         bias: bool = False,
@@ -290,7 +308,7 @@ class MEmCom(Layer):
         **common: Unpack[Common],
     ) -> None:
         sizes = {"rows": hashed_rows, "ratio": ratio, "bias": bias, "hashing": hashing}
-        super().__init__("memcom", num_embeddings, embedding_dim, sizes, **common)
+        super().__init__("memcom", num_embeddings, embedding_dim, sizes, *bag, **common)
 
 
 class DoubleHash(Layer):
@@ -299,11 +317,13 @@ class DoubleHash(Layer):
     Takes hashed_rows (of each table) or ratio; see `workers.embeddings.double_hash.DoubleHash`.
     """
 
+    words: ClassVar = {"rows": "hashed_rows", "partitions": "tables"}
+
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
-        *,
+        *bag: Any,
         hashed_rows: int | None = None,
         ratio: float | None = None,
         operation: Literal["add", "mult", "concat"] = "add",
@@ -311,7 +331,7 @@ class DoubleHash(Layer):
         **common: Unpack[Common],
     ) -> None:
         sizes = {"rows": hashed_rows, "ratio": ratio, "operation": operation, "partitions": tables}
-        super().__init__("double_hash", num_embeddings, embedding_dim, sizes, **common)
+        super().__init__("double_hash", num_embeddings, embedding_dim, sizes, *bag, **common)
 
 
 def _suits(store: Store, feature: Feature, device: Any, dtype: torch.dtype | None) -> Store:
@@ -321,17 +341,6 @@ def _suits(store: Store, feature: Feature, device: Any, dtype: torch.dtype | Non
     if dtype not in (None, torch.float32) or torch.device(device or "cpu").type != "cpu":
         raise EmbeddingError("store: a layer on a store has vectors in float32 on the CPU; leave device and dtype out")
     return store
-
-
-def _feature(**options: Any) -> Feature:
-    """Raises EmbeddingError: a value that no option can have, in one line and by the layer's own names."""
-    try:
-        return Feature(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        known = {"cardinality": "num_embeddings", "dim": "embedding_dim"}.get(name, name)
-        raise EmbeddingError(f"{known}: {first['msg']}, found {first['input']!r}") from None
 
 
 def initial_rows(table: TableSpec, seed: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ...parameter_server.tables import Optimizer
 from . import kernels
-from .base import EmbeddingError, Feature
+from .base import EmbeddingError
 from .gather import sample_sums
-from .layers import Common, Layer, initial_rows
+from .layers import Layer, initial_rows
+from .layers_arguments import Common, feature_of
 from .mem_rec import MemRec as Method
 from .torch_rows import map_rows
 
@@ -29,7 +30,7 @@ class MemRec(Layer):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        *,
+        *bag: Any,
         token_rows: int,
         weight_rows: int | None = None,
         hashes: int = 1,
@@ -38,7 +39,9 @@ class MemRec(Layer):
     ) -> None:
         rows = {"token_rows": token_rows, "weight_rows": weight_rows}
         repeats = {"hashes": hashes, "weight_hashes": weight_hashes}
-        super().__init__("mem_rec", num_embeddings, embedding_dim, {**rows, **repeats, "scope": "field"}, **common)
+        super().__init__(
+            "mem_rec", num_embeddings, embedding_dim, {**rows, **repeats, "scope": "field"}, *bag, **common
+        )
 
 
 class MemRecSample(nn.Module):
@@ -48,7 +51,7 @@ class MemRecSample(nn.Module):
     the CPU is one pass over the ids, in one thread.
 
     Raises:
-        EmbeddingError: no features, or one that stands twice.
+        EmbeddingError: no features, one that stands twice, or sizes that cannot be.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class MemRecSample(nn.Module):
         rows = {"token_rows": token_rows, "weight_rows": weight_rows}
         repeats = {"hashes": hashes, "weight_hashes": weight_hashes}
         shape = {"method": "mem_rec", "dim": embedding_dim, "scope": "sample", "seed": seed}
-        self.methods = [Method(Feature(name=name, **shape, **rows, **repeats), Optimizer()) for name in features]
+        self.methods = [Method(feature_of({}, name=name, **shape, **rows, **repeats), Optimizer()) for name in features]
         for table in self.methods[0].tables:
             values = torch.from_numpy(initial_rows(table, seed)).to(device)
             self.register_parameter(table.name.rpartition(".")[2], nn.Parameter(values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from .base import EmbeddingError
 from .gather import distinct_rows, read_rows
-from .layers import Common, Layer
+from .layers import Layer
+from .layers_arguments import Common
 from .projected import Projected
 from .torch_rows import map_rows
 
@@ -40,8 +41,10 @@ class MLET(_ProjectedLayer):
     inner_dim (k) is embedding_dim or more; 4 times as much is a place to begin. See `workers.embeddings.mlet.MLET`.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, inner_dim: int, **common: Unpack[Common]) -> None:
-        super().__init__("mlet", num_embeddings, embedding_dim, {"inner_dim": inner_dim}, **common)
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, *bag: Any, inner_dim: int, **common: Unpack[Common]
+    ) -> None:
+        super().__init__("mlet", num_embeddings, embedding_dim, {"inner_dim": inner_dim}, *bag, **common)
 
     @torch.no_grad()
     def collapse(self) -> nn.EmbeddingBag:
@@ -72,10 +75,10 @@ class Narrow(_ProjectedLayer):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        *,
+        *bag: Any,
         inner_dim: int | None = None,
         ratio: float | None = None,
         **common: Unpack[Common],
     ) -> None:
         sizes = {"inner_dim": inner_dim, "ratio": ratio}
-        super().__init__("narrow", num_embeddings, embedding_dim, sizes, **common)
+        super().__init__("narrow", num_embeddings, embedding_dim, sizes, *bag, **common)
