@@ -130,11 +130,14 @@ class Coordinator(Generations):
             state, group = self._running(), self._group
             assert group is not None
             BlockMap.initial(state.plan.blocks, ("",) * shards)
-            with self._changing:
-                group.grow(shards)
-                state.save()
-                group.announce(state.block_map)
-            result = self._move_blocks(shards)
+            with self._store() as store:
+                # Before shards start, so that it can be given up while they do.
+                self._rescale = Rescale(store, group.addresses, self._write, alone=self._changing)
+                with self._changing:
+                    group.grow(shards)
+                    state.save()
+                    group.announce(state.block_map)
+                result = self._move_blocks(store, self._rescale, shards)
             with self._changing:
                 if len(state.block_map.addresses) > shards:
                     raise RunFailed("shards were lost meanwhile and all began afresh: scale again")
@@ -145,14 +148,10 @@ class Coordinator(Generations):
             self._rescale = None
             self._scaling.release()
 
-    def _move_blocks(self, shards: int) -> dict[str, Any]:
-        group = self._group
-        assert group is not None
-        with self._store() as store:
-            self._rescale = Rescale(store, group.addresses, self._write, alone=self._changing)
-            store.control_all("pull_times", {})
-            result = self._rescale.run(shards)
-            times = store.control_all("pull_times", {})
+    def _move_blocks(self, store: StoreClient, rescale: Rescale, shards: int) -> dict[str, Any]:
+        store.control_all("pull_times", {})
+        result = rescale.run(shards)
+        times = store.control_all("pull_times", {})
         slowest = {name: max(t[name] for t in times) for name in ("p50", "p99", "longest")}
         return result | {f"pull_{name}": value for name, value in slowest.items()}
 

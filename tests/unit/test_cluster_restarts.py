@@ -13,7 +13,7 @@ import pytest
 from embershard.cluster import run_state, shard_group
 from embershard.cluster.coordinator import Coordinator
 from embershard.cluster.errors import RunFailed, is_final
-from embershard.cluster.rescale import Rescale, RescaleError
+from embershard.cluster.rescale import RescaleError
 from embershard.cluster.restarts import RestartPolicy
 from embershard.cluster.run_folder import RunFolder, read_metrics, read_run
 from embershard.cluster.run_state import Member, RunState, ShardPlan
@@ -56,6 +56,9 @@ class Group:
 
     def pulses(self) -> list[Pulse]:
         return [Pulse(0.0, self.generation, self.step, 1, False), Pulse(0.0, self.generation, self.step - 1, 1, False)]
+
+    def addresses(self) -> tuple[str, ...]:
+        return ("local:0", "local:1")
 
 
 @pytest.fixture
@@ -129,13 +132,17 @@ def test_a_block_map_that_could_not_be_written_is_not_in_force(
     assert coordinator.block_map() is before
 
 
-def test_only_a_scaling_under_way_can_be_given_up(coordinator: Any) -> None:
+def test_only_a_scaling_under_way_can_be_given_up(coordinator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while its shards start."""
     assert not coordinator.give_up_scaling()
-    with LocalStore() as store:
-        coordinator._rescale = Rescale(store, lambda: store.block_map.addresses, lambda block_map: None)
-        assert coordinator.give_up_scaling()
-        with pytest.raises(RescaleError, match="given up"):
-            coordinator._rescale.join(1)
+    given_up: list[bool] = []
+    group = coordinator._group
+    monkeypatch.setattr(group, "grow", lambda shards: given_up.append(coordinator.give_up_scaling()), raising=False)
+    monkeypatch.setattr(group, "announce", lambda block_map: None, raising=False)
+    monkeypatch.setattr(coordinator, "_store", lambda: LocalStore(shards=2))
+    with pytest.raises(RescaleError, match="given up"):
+        coordinator.scale(1)
+    assert given_up == [True] and not coordinator.give_up_scaling()
 
 
 def test_a_coordinator_that_comes_back_takes_out_shards_that_had_not_joined(
@@ -181,7 +188,8 @@ def test_shards_that_own_blocks_again_are_not_ended(coordinator: Any, monkeypatc
         monkeypatch.setattr(group, name, lambda *_, name=name: done.append(name), raising=False)
     done: list[str] = []
     coordinator._state.save()
-    monkeypatch.setattr(coordinator, "_move_blocks", lambda shards: {"blocks_moved": 0, "seconds": 0.0})
+    monkeypatch.setattr(coordinator, "_store", lambda: LocalStore(shards=2))
+    monkeypatch.setattr(coordinator, "_move_blocks", lambda *_: {"blocks_moved": 0, "seconds": 0.0})
     with pytest.raises(RunFailed, match="scale again"):
         coordinator.scale(1)
     assert done == ["grow", "announce"]
