@@ -9,6 +9,7 @@ from ..parameter_server import checkpoint
 from ..workers.evaluate import evaluate
 from .config import RunConfig, absolute, load_run
 from .errors import ConfigError
+from .inspection import is_checkpoint
 from .run_folder import is_run
 
 
@@ -56,6 +57,8 @@ def find_checkpoint(target: Path) -> tuple[str, RunConfig]:
     """
     if not target.exists():
         raise ConfigError(f"{target}: no such run or checkpoint")
+    if not is_run(target) and not is_checkpoint(target):
+        raise ConfigError(f"{target}: neither a run nor a checkpoint")
     run = target if is_run(target) else target.parent.parent
     config = load_run(run) if is_run(run) else RunConfig.load()
     return _newest(target) if is_run(target) else str(target), config

@@ -21,9 +21,14 @@ def inspect_path(path: str, *, verify: bool) -> tuple[str, dict[str, Any]]:
     folder = Path(path)
     if is_run(folder):
         return "run", _run(folder, verify)
-    if (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints":
+    if is_checkpoint(folder):
         return "checkpoint", _checkpoint(folder, verify)
     return "dataset", describe(path, verify=verify)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Also of one that was not written to the end."""
+    return (folder / MANIFEST).is_file() or folder.parent.name == "checkpoints"
 
 
 def _run(folder: Path, verify: bool) -> dict[str, Any]:

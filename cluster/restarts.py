@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from .elastic import WorkerCount, room
-from .errors import Resized, is_final, root_cause
+from .errors import Resized, is_final, one_line, root_cause
 from .shard_group import NAME
 
 LOOK_SECONDS = 10.0  # between two looks at what the cluster has room for
@@ -66,7 +66,7 @@ class ElasticWorkers(FixedWorkers):
             self._looked = time.monotonic()
             number = self._count.look(self._held.total(), self._room(), self._wanted())
             if number is not None:
-                self._ask("rest", number)
+                ask(self._namespace, "rest", number)
         return NoopDecision()
 
     @property
@@ -79,15 +79,9 @@ class ElasticWorkers(FixedWorkers):
         return room(free, self._held, self._per_worker, self._count.most)
 
     def _wanted(self) -> int | None:
-        if (workers := self._ask("workers")) is not None:
+        if (workers := ask(self._namespace, "workers")) is not None:
             self._wished = workers["wanted"]
         return self._wished
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        with suppress(RayError, ValueError):  # ValueError: its name is not there while Ray starts it again
-            call = getattr(ray.get_actor(NAME, namespace=self._namespace), method).remote(*arguments)
-            return ray.get(call, timeout=ANSWER_SECONDS)
-        return None
 
 
 class RestartPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
@@ -95,11 +89,12 @@ class RestartPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
 
     A group that came to rest for another number of workers has not failed; neither has one of more than `least` for
     which there was no room after all. Ray's own policy would train a file with a broken row over and over. Runs in Ray
-    Train's controller.
+    Train's controller. namespace: of the coordinator, through which the user learns why.
     """
 
-    def __init__(self, limit: int, least: int) -> None:
+    def __init__(self, limit: int, least: int, namespace: str) -> None:
         super().__init__(FailureConfig(max_failures=limit))
+        self._namespace = namespace
         self._left = limit
         self._least = least
 
@@ -110,7 +105,17 @@ class RestartPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
         if self._left == 0 or lacks_room(training_failed_error) or is_final(cause):
             return FailureDecision.RAISE
         self._left -= 1
+        again = f"they begin again, {self._left} more times at most"
+        ask(self._namespace, "report", {"note": f"the workers stopped: {one_line(cause)}; {again}"})
         return FailureDecision.RETRY
+
+
+def ask(namespace: str, method: str, *arguments: Any) -> Any:
+    """What the coordinator answers; None when it does not."""
+    with suppress(RayError, ValueError):  # ValueError: its name is not there while Ray starts it again
+        call = getattr(ray.get_actor(NAME, namespace=namespace), method).remote(*arguments)
+        return ray.get(call, timeout=ANSWER_SECONDS)
+    return None
 
 
 def lacks_room(error: BaseException, *, beyond: int = 0) -> bool:

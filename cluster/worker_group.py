@@ -41,7 +41,9 @@ class _WorkerTrainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         scaling = self.scaling_config
         ours = {
-            "failure_policy": RestartPolicy(self.run_config.failure_config.max_failures, scaling.min_workers),
+            "failure_policy": RestartPolicy(
+                self.run_config.failure_config.max_failures, scaling.min_workers, self._namespace
+            ),
             "scaling_policy": ElasticWorkers(scaling, self._namespace)
             if scaling.elasticity_enabled
             else FixedWorkers(scaling),

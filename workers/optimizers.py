@@ -16,7 +16,9 @@ from .schedule import ScheduleConfig
 class SparseConfig(Optimizer):
     """`optimizer.sparse`: the shards' update of a row, and its learning rate before the schedule."""
 
-    learning_rate: float = Field(default=0.03, gt=0, description="before the schedule; travels in every push")
+    learning_rate: float = Field(
+        default=0.03, gt=0, allow_inf_nan=False, description="before the schedule; travels in every push"
+    )
 
     @property
     def update(self) -> Optimizer:
@@ -29,7 +31,7 @@ class DenseConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["sgd", "adagrad", "adam"] = "adagrad"
-    learning_rate: float = Field(default=0.005, gt=0, description="before the schedule")
+    learning_rate: float = Field(default=0.005, gt=0, allow_inf_nan=False, description="before the schedule")
     eps: float = Field(default=1e-8, gt=0)
 
 

@@ -74,6 +74,7 @@ def test_help_has_examples(run, command: str) -> None:  # type: ignore[no-untype
         (("train", "embedding.method=memcom"), "memcom needs either embedding.rows or embedding.ratio"),
         (("train", "model.name=ranknet"), "model.history: 'history' is not a bag of the data"),
         (("evaluate", "absent", "--data", "absent"), "absent: no such run or checkpoint"),
+        (("evaluate", "."), ".: neither a run nor a checkpoint"),
         (("export", "absent", "out"), "absent: no such run or checkpoint"),
         (("inspect", "absent"), "absent"),
     ],

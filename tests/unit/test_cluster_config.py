@@ -58,6 +58,8 @@ def test_the_job_has_every_section_that_workers_need() -> None:
         ("embedding.features.c1.row=8", "did you mean 'embedding.features.c1.rows'"),
         ("optimizer.sparse.kind=adamw", "optimizer.sparse.kind"),
         ("cluster.gpus=maybe", "cluster.gpus"),
+        ("optimizer.sparse.learning_rate=inf", "optimizer.sparse.learning_rate: Input should be a finite number"),
+        ("optimizer.dense.learning_rate=inf", "optimizer.dense.learning_rate: Input should be a finite number"),
         ("seed=-1", "seed"),
     ],
 )

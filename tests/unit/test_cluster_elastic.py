@@ -130,7 +130,7 @@ def test_workers_as_ray_train_asks_for_them(cluster: Cluster) -> None:
 
 
 def test_a_planned_change_is_no_failure() -> None:
-    policy = RestartPolicy(0, 2)
+    policy = RestartPolicy(0, 2, "space")
     resized = WorkerGroupError("failed", {0: ConnectionError("peer closed"), 1: Resized("2 workers")})
     assert policy.make_decision(resized) is FailureDecision.RETRY
     for workers, decision in ((3, FailureDecision.RETRY), (2, FailureDecision.RAISE)):

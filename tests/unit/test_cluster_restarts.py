@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embershard.cluster import run_state, shard_group
+from embershard.cluster import restarts, run_state, shard_group
 from embershard.cluster.coordinator import Coordinator
 from embershard.cluster.errors import RunFailed, is_final
 from embershard.cluster.rescale import RescaleError
@@ -349,7 +349,7 @@ def failed(*causes: Exception) -> WorkerGroupError:
 
 
 def test_failures_that_would_come_again_end_the_run() -> None:
-    policy = RestartPolicy(2, 2)
+    policy = RestartPolicy(2, 2, "space")
     for cause in (DataError("column c1 is missing"), GradientError("step 3: NaN")):
         assert is_final(cause)
         assert policy.make_decision(failed(ConnectionError("peer closed"), cause)) is FailureDecision.RAISE
@@ -357,12 +357,17 @@ def test_failures_that_would_come_again_end_the_run() -> None:
     assert policy.make_decision(no_room) is FailureDecision.RAISE
 
 
-def test_others_are_tried_again_as_often_as_asked_for() -> None:
-    policy = pickle.loads(pickle.dumps(RestartPolicy(2, 2)))  # it goes to Ray Train's controller
+def test_others_are_tried_again_as_often_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(restarts, "ask", lambda *asked: told.append(asked))
+    policy = pickle.loads(pickle.dumps(RestartPolicy(2, 2, "space")))  # it goes to Ray Train's controller
     assert policy.make_decision(failed(FencedError("generation 1 is over"))) is FailureDecision.RETRY
     died = ControllerError(WorkerGroupStartupFailedError("a worker died"))
     assert policy.make_decision(died) is FailureDecision.RETRY
     assert policy.make_decision(failed(RuntimeError("killed"))) is FailureDecision.RAISE
+    first = "the workers stopped: generation 1 is over; they begin again, 1 more times at most"
+    assert told[0] == ("space", "report", {"note": first})
+    assert len(told) == 2 and "a worker died" in told[1][2]["note"]
 
 
 def test_the_folder_of_a_run_that_goes_back(tmp_path: Path) -> None:

@@ -49,6 +49,15 @@ def test_the_first_cross_layer_reads_its_input_twice() -> None:
     torch.testing.assert_close(model(torch.empty(4, 0), x0), expected.squeeze(1))  # one vector per sample
 
 
+def test_a_dlrm_with_one_vector_alone_reads_it() -> None:
+    model = build_model(ModelConfig(top=[8]), dense=0, features=1, dim=4, seed=0)
+    vectors = torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logits = model(torch.empty(3, 0), vectors)
+    assert logits.shape == (3,) and len(set(logits.tolist())) == 3
+    logits.sum().backward()
+    assert vectors.grad is not None and bool((vectors.grad != 0).any())
+
+
 def test_seed_decides_the_weights() -> None:
     config = ModelConfig(name="dcn_v2", bottom=[4], top=[4], cross_rank=2)
     a, b, c = (build_model(config, dense=2, features=3, dim=4, seed=seed).state_dict() for seed in (1, 1, 2))

@@ -55,7 +55,7 @@ class DLRM(Model):
     """Bottom MLP over the dense columns, dot interaction of its output with the feature vectors, top MLP to one logit.
 
     ReLU after every layer of the bottom, also its last; the top's last layer is linear. Without dense columns there is
-    no bottom MLP and only the feature vectors interact.
+    no bottom MLP and only the feature vectors interact; a single one, with nothing to interact with, goes into the top.
 
     per_sample: one vector of width dim stands for all features. Nothing interacts then: it is concatenated to the
     bottom's output, as MEM-REC's authors have it.
@@ -78,7 +78,7 @@ class DLRM(Model):
         generator = torch.Generator().manual_seed(seed)
         self.bottom = mlp([dense, *bottom, dim], generator, linear_last=False) if dense else None
         vectors = features + 1 if dense else features
-        interaction = dim if per_sample else vectors * (vectors - 1) // 2
+        interaction = dim if per_sample or vectors == 1 else vectors * (vectors - 1) // 2
         width = (dim if dense else 0) + interaction
         self.top = mlp([width, *top, 1], generator, linear_last=True)
 
@@ -87,7 +87,7 @@ class DLRM(Model):
         if vectors.dim() == 2:
             inputs = vectors if below is None else torch.cat([below, vectors], 1)
         elif below is None:
-            inputs = dot_interaction(vectors)
+            inputs = dot_interaction(vectors) if vectors.shape[1] > 1 else vectors.flatten(1)
         else:
             pairs = dot_interaction(torch.cat([below.unsqueeze(1), vectors], 1))
             inputs = torch.cat([below, pairs], 1)
