@@ -146,8 +146,8 @@ def load_data(config: RunConfig) -> Schema:
     """
     if config.data.path is None or config.data.eval_path is None:
         raise ConfigError("data.eval_path: `compare` needs data.path to train on and data.eval_path to evaluate on")
-    load_schema(config.data.eval_path, config.data)
-    return load_schema(config.data.path, config.data)
+    load_schema(config.data.eval_path, config.data, labels=True)
+    return load_schema(config.data.path, config.data, labels=True)
 
 
 def open_output(output: Path) -> None:

@@ -31,9 +31,9 @@ def prepare(config: RunConfig, progress: ProgressReporter) -> Schema:
         )
     # More shards than the blocks can serve: refused here rather than by an actor.
     BlockMap.initial(config.store.blocks, ("",) * config.cluster.shards)
-    schema = load_schema(config.data.path, config.data)
+    schema = load_schema(config.data.path, config.data, labels=True)
     if config.data.eval_path is not None:
-        load_schema(config.data.eval_path, config.data)
+        load_schema(config.data.eval_path, config.data, labels=True)
     methods = planned_methods(config, schema)
     for line in feature_lines(feature_table(methods)):
         progress.note(line)

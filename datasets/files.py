@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
+from .batch import MISSING_ID
 from .decode import RowGroupReader
 from .footers import DataFile, is_list, is_string, read_footers
+from .order import Window, row_order
 from .schema import (
     FREQUENT_IDS,
     METADATA_KEY,
@@ -27,21 +29,40 @@ from .schema import (
     Schema,
 )
 from .sketch import IdSketch
+from .window import DecodedWindow
 
 _STATISTICS_GROUPS = 1024
 
 
-def load_schema(path: str, config: DataConfig | None = None) -> Schema:
+def load_schema(path: str, config: DataConfig | None = None, *, labels: bool = False) -> Schema:
     """The schema of the data set at `path`, from its files' metadata; columns named in `config` take precedence.
 
+    labels: read those of the first row group, too.
+
     Raises:
-        DataError: files of different columns, columns that are missing or of a type that their role does not allow, or
-            files that were not written by embershard and no columns named.
+        DataError: files of different columns, columns that are missing or of a type that their role does not allow,
+            files that were not written by embershard and no columns named, or a label that is neither 0 nor 1.
     """
     files = read_footers(path)
     schema = schema_of(path, files, config)
     RowGroupReader(files, schema)  # said before anything is started, not when the first row is read
+    if labels:
+        check_labels(files, schema)
     return schema
+
+
+def check_labels(files: Sequence[DataFile], schema: Schema) -> None:
+    """Reads the labels of the first row group: a column that holds ratings shows there.
+
+    Raises:
+        DataError: one of them is neither 0 nor 1; its row is named.
+    """
+    reader = RowGroupReader(files, schema.model_copy(update={"dense": [], "categorical": []}))
+    if first := next((group for group in reader.row_groups() if group.rows), None):
+        window = Window(0, (first,))
+        order = row_order(0, 0, window, shuffled=False)
+        DecodedWindow(reader, window, order, first.rows, first.rows, MISSING_ID)
+    reader.close()
 
 
 def schema_of(path: str, files: Sequence[DataFile], config: DataConfig | None = None) -> Schema:

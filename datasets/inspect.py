@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from .batch import MISSING_ID
 from .decode import RowGroupReader
-from .files import frequent_ids, schema_of
+from .files import check_labels, frequent_ids, schema_of
 from .footers import DataFile, is_list, is_string, read_footers
 from .order import Window, row_order
 from .schema import METADATA_KEY, DataConfig, DataError, Schema
@@ -55,6 +55,7 @@ def describe(path: str, verify: bool = False) -> dict[str, Any]:
     counted_rows, reason = (rows if positives is not None else None), None
     if schema is not None and positives is None and rows:
         try:
+            check_labels(files, schema)
             counted_rows, positives, sketch = _count(files, schema)
         except DataError as error:
             reason = str(error)

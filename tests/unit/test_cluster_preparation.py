@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from embershard.cluster import compilation, preparation
 from embershard.cluster.config import RunConfig
 from embershard.cluster.progress import ProgressReporter
 from embershard.datasets import bag_kernels, decode, window
-from embershard.datasets.schema import DataConfig
+from embershard.datasets.schema import DataConfig, DataError
 from embershard.datasets.stream import ParquetStream
 from embershard.datasets.synthetic import generate
 
@@ -30,3 +32,12 @@ def test_kernels_of_bags_are_compiled_for_bags_alone(
         for reader in (decode, window):
             monkeypatch.delattr(reader, "bag_kernels")
         assert sum(batch.rows for batch in ParquetStream(path, batch_size=30).batches(0)) == 100
+
+
+def test_ratings_are_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ratings.parquet"
+    pq.write_table(pa.table({"rating": [4, 5], "user": [1, 2]}), path)
+    monkeypatch.setattr(compilation, "finish", lambda: pytest.fail("too late"))
+    config = RunConfig(data=DataConfig(path=str(path), label="rating", categorical=["user"]))
+    with ProgressReporter() as progress, pytest.raises(DataError, match="row 0: found 4; labels must be 0 or 1"):
+        preparation.prepare(config, progress)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from embershard.datasets.files import load_schema
+from embershard.datasets.inspect import describe
 from embershard.datasets.schema import DataConfig, DataError
 from embershard.datasets.stream import ParquetStream
 
@@ -86,6 +87,16 @@ def test_without_dense_columns_none_need_be_named(tmp_path):
     schema = load_schema(str(tmp_path), DataConfig(label="clicked", categorical=["user"]))
     assert (schema.dense_names, schema.categorical_names) == ([], ["user"])
     assert refused(tmp_path, DataConfig(label="clicked", dense=["price"])).count("data.bags=[...]") == 1
+
+
+@pytest.mark.parametrize(("value", "found"), [(5, "5"), (None, "None")])
+def test_what_is_no_label_is_refused_before_anything_starts(tmp_path, value, found):
+    write(tmp_path / "a.parquet", pa.table({"label": pa.array([], pa.int64()), "user": pa.array([], pa.int64())}))
+    write(tmp_path / "b.parquet", pa.table({"label": [1, 0, value], "user": [1, 2, 3]}))
+    wanted = f"b.parquet: column 'label', row 2: found {found}; labels must be 0 or 1"
+    with pytest.raises(DataError, match=wanted):
+        load_schema(str(tmp_path), DataConfig(label="label", categorical=["user"]), labels=True)
+    assert describe(str(tmp_path))["not_counted"].endswith(wanted)
 
 
 def test_two_columns_of_one_name_are_refused_by_name(tmp_path):
