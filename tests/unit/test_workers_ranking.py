@@ -15,13 +15,16 @@ from embershard.cluster.config import RunConfig
 from embershard.datasets.files import load_schema
 from embershard.datasets.histories import convert_histories
 from embershard.datasets.schema import Batch, DataError, Ids
+from embershard.datasets.stream import ParquetStream
 from embershard.parameter_server.store import Store
 from embershard.workers.embeddings.base import EmbeddingError
-from embershard.workers.evaluate import evaluate
+from embershard.workers.evaluate import answer, evaluate, open_network
 from embershard.workers.export import export
+from embershard.workers.export_lookup import compose, lookup, open_export, rows_of
 from embershard.workers.metrics import RankingMetrics
 from embershard.workers.models.build import ModelConfig
 from embershard.workers.models.ranking import draw_others, pointwise_losses, ranknet_losses
+from embershard.workers.network import Network
 from embershard.workers.objectives import Ranking
 from embershard.workers.trainer import train
 from embershard.workers.trial import run_trial
@@ -149,8 +152,39 @@ def test_learns_what_people_like(data: Path, tmp_path: Path, model: str, options
     assert again["ndcg_at_10"] == pytest.approx(summary["eval"]["ndcg_at_10"], abs=1e-6)
     with pytest.raises(DataError, match="--predictions: model"):
         evaluate(summary["checkpoint"], str(data / "eval"), predictions=str(tmp_path / "p.parquet"))
-    written = export(summary["checkpoint"], str(tmp_path / "model.safetensors"), data=str(data / "eval"))
-    assert written["largest_difference"] < 1e-5
+    file = str(tmp_path / "model.safetensors")
+    assert export(summary["checkpoint"], file, data=str(data / "eval"))["largest_difference"] < 1e-5
+    with open_network(summary["checkpoint"]) as (network, _):
+        stream = ParquetStream(str(data / "eval"), batch_size=32, schema=network.spec.data, shuffle=False)
+        for trained, people in answer(network, stream.batches(0)):
+            np.testing.assert_allclose(exported_scores(file, network, people), trained, rtol=1e-5, atol=1e-5)
+
+
+def exported_scores(file: str, network: Network, people: Batch) -> np.ndarray:
+    """Scores [B, items] by docs/export.md, of whole bags; only the model's layers are not the file's own."""
+    described, tensors = open_export(file)
+    values, offsets = people.ids["history"]
+    rows = np.repeat(np.arange(people.rows), np.diff(offsets))
+
+    def added(each: np.ndarray) -> np.ndarray:
+        total = np.zeros((people.rows, *each.shape[1:]), np.float32)
+        np.add.at(total, rows, each)
+        return total
+
+    if described["output"] == "feature":
+        vectors = added(lookup(described, tensors, {"history": values}))
+    else:
+        read = described["features"][0]["lookups"]
+        sums = [added(tensors[one["table"]][rows_of(values, one)]) for one in read]
+        vectors = compose(described["compose"], {f"row{i}": one for i, one in enumerate(sums)}, tensors)
+    weights = {
+        name.removeprefix("dense/model."): torch.from_numpy(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith("dense/model.")
+    }
+    inputs = (torch.from_numpy(people.dense), torch.from_numpy(vectors))
+    scores: np.ndarray = torch.func.functional_call(network.model, weights, inputs).detach().numpy()
+    return scores
 
 
 def test_a_resumed_ranknet_run_draws_the_same_items(data: Path, tmp_path: Path) -> None:
