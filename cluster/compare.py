@@ -257,7 +257,7 @@ class _Runner:
         """The record of each cell, by name."""
         records = {cell.name: record for cell in cells if (record := self._read(cell)) is not None}
         missing = [cell for cell in cells if cell.name not in records]
-        self._progress.note(f"{stage}: {len(missing)} runs to do, {len(cells) - len(missing)} done before")
+        self._progress.note(f"{stage}: {len(missing)} of {len(cells)} runs to do")
         for done, (cell, record) in enumerate(self._execute(missing), 1):
             self._write(cell, record)
             records[cell.name] = record

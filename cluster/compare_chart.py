@@ -10,7 +10,7 @@ from typing import Any
 from .formatting import readable_bytes
 
 WIDTH, HEIGHT = 760, 420
-LEFT, RIGHT, TOP, BOTTOM = 82, 130, 18, 58
+LEFT, RIGHT, TOP, BOTTOM = 98, 130, 18, 58
 BESIDE = 3.0
 # Okabe and Ito's colours, which differ for every kind of colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6f00", "#555555")

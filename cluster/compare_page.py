@@ -11,18 +11,33 @@ from .compare_results import NDCG, shown_qualities, table
 from .formatting import readable_bytes
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 82rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 svg { width: 100%; max-width: 58rem; height: auto; } p, dl { max-width: 58rem; }
 svg text { font: 12px system-ui, sans-serif; fill: #444; }
 svg text.axis { font-size: 13px; fill: #222; } svg text.name { font-weight: 600; }
 .plot { fill: #fff; stroke: #bbb; } .grid { stroke: #eee; } .full { stroke: #111; stroke-dasharray: 5 4; }
 .lead { opacity: .35; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; } th { border-bottom: 2px solid #999; }
-th:first-child, td:first-child { text-align: left; font-weight: 600; } p.lead-in { color: #444; margin-top: 0; }
+@media (max-width: 40rem) { svg text, svg text.axis { font-size: 17px; } }
+table { border-collapse: collapse; font-size: .78rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid #ddd; } th { border-bottom: 2px solid #999; }
+th:first-child, td:first-child { text-align: left; font-weight: 600; position: sticky; left: 0; background: #fff; }
+p.lead-in { color: #444; margin-top: 0; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem 0; } code { background: #f3f3f3; padding: 0 .2rem; }
 """
+
+_METHODS = {
+    "full": "one row of numbers per id; nothing is compressed.",
+    "hash": "a small table; a hash says which row an id reads, and ids that share one are not told apart.",
+    "double_hash": "two hashes, two rows, which become one vector; few ids share both.",
+    "qr": "small tables, read by the remainder and the quotient of the id; no two ids share all their rows, which are "
+    "multiplied, added or joined.",
+    "qr_path": "a row of one small table, changed by a function that the remainder of the id chooses.",
+    "memcom": "ids share the rows of a small table, and each scales its row by a number of its own.",
+    "mlet": "trained as a wide table times a matrix, exported as their product, a narrower table.",
+    "narrow": "a short row per id, and one matrix for all that makes vectors of them.",
+    "mem_rec": "one table for all features; hashes say which few rows an id reads and which weights scale them.",
+}
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -34,10 +49,11 @@ def page(results: Mapping[str, Any]) -> str:
     parts = [
         "<h1>How small can the embedding tables be?</h1>",
         f'<p class="lead-in">Trained on <code>{data}</code> with model <code>{model}</code>; '
-        f"{results['test_samples']:,} {_tested(results)}, {_count(seeds, 'seed')}.</p>",
+        f"{results['test_samples']:,} {_tested(results)}. {_repeated(seeds)}</p>",
         "<p>A recommendation model keeps a vector of numbers for every user, item and other thing it knows. With "
         "millions of them these tables are nearly all of the model. Each method below makes them smaller in its own "
         f"way; <b>full</b> is the model with uncompressed tables, {readable_bytes(full['embedding_bytes'])} here.</p>",
+        _listed({name: _METHODS[name] for name in colours(rows)}),
     ]
     for one in shown_qualities(results):
         label = f"{one.name} on {_tested(results)}"
@@ -78,6 +94,10 @@ def _table(results: Mapping[str, Any]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _listed(entries: Mapping[str, str]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in entries.items())}</dl>"
+
+
 def _unreachable(rows: Any) -> list[str]:
     return [
         f"<p><b>{escape(row['method'])} at {row['ratio']:g}x</b> was not run: {escape(row['unreachable'])}</p>"
@@ -101,7 +121,8 @@ def _method(results: Mapping[str, Any]) -> str:
         names: f"means over {_count(seeds, 'seed')} on the {_tested(results)}{spread}.",
         "- full": "the mean difference to full, seed by seed (the same seed draws the same order of rows), "
         + ("its 95 % interval over the seeds (Student's t; other test rows would move it too), " if seeds > 1 else "")
-        + "and as a share of full's mean.",
+        + "and as a share of full's mean."
+        + (" Where the interval holds 0, these seeds show no difference." if seeds > 1 else ""),
         "train s": "median seconds of a training run on one thread. Runs share the machine, so small differences "
         "mean little.",
         "lookup us": "median microseconds in which one thread turns the ids of 64 rows, drawn evenly, into vectors. "
@@ -115,8 +136,13 @@ def _method(results: Mapping[str, Any]) -> str:
         f"<code>{evaluation}</code>). The numbers above are "
         f"of the other rows, which nothing was chosen by. Full chose first, and the ratios are taken against its bytes."
     )
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in entries.items())
-    return f"<p>{budget}</p><dl>{listed}</dl>"
+    return f"<p>{budget}</p>{_listed(entries)}"
+
+
+def _repeated(seeds: int) -> str:
+    if seeds == 1:
+        return "Every method was trained once."
+    return f"Every method was trained {seeds} times, with other random numbers each time ({seeds} seeds)."
 
 
 def _tested(results: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from embershard.cluster.config import RunConfig
 from embershard.cluster.errors import ConfigError
 from embershard.cluster.progress import ProgressReporter
 from embershard.datasets.synthetic import generate
+from embershard.workers.embeddings.planning import METHODS
 from embershard.workers.trial import run_trial
 
 CARDINALITIES = (7, 300, 2000)
@@ -198,6 +199,15 @@ def test_the_page_needs_nothing_from_outside(config: RunConfig, tmp_path: Path, 
     x = {title.split(":")[0]: float(c.get("cx")) for title, c in by_title.items()}  # type: ignore[union-attr]
     assert x["hash, 8.0 times smaller"] < x["hash, 2.0 times smaller"] < x["full"]
     assert "0.40000" in html and "0.41000" in html and "+0.01000" in html
+    assert "trained 2 times" in html and "Where the interval holds 0" in html
+    assert re.findall(r"<dt>(full|hash|qr|memcom)</dt><dd>\w", html) == ["full", "hash", "qr"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_page_says_what_every_method_is(method: str, config: RunConfig, tmp_path: Path) -> None:
+    own = comparison(methods=(method,), seeds=1, ratios=(2.0,)) if method != "full" else comparison(seeds=1)
+    results = compare(config, own, tmp_path, Recorder(invented), ProgressReporter())
+    assert re.search(rf"<dt>{method}</dt><dd>[a-z].*\.</dd>", page(results)) and "trained once" in page(results)
 
 
 @pytest.mark.parametrize(
