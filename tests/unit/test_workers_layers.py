@@ -351,7 +351,7 @@ def test_ids_beyond_are_an_error_or_taken_modulo(case: str) -> None:
         (lambda: nn.Hash(N, 5000, hashed_rows=4), "^embedding_dim: Input should be less than or equal to 4096, found"),
         (
             lambda: nn.QR(N, D, remainder_rows=4, operation="minus"),
-            "^operation: Input should be 'mult', 'add', 'conc",
+            "^operation: 'minus' is none of mult, add and concat$",
         ),
         (lambda: nn.Full(N, D, padding_idx=N), "padding_idx: 60 lies outside the 60 ids"),
     ],

@@ -114,6 +114,23 @@ def test_ids_that_are_no_whole_numbers(name: str) -> None:
         layer(name)(torch.tensor([1, 2]), torch.tensor([0.0, 1.5]))
 
 
+def test_one_vector_per_sample_takes_one_id_per_feature() -> None:
+    made = es.nn.MemRecSample(["a", "b"], D, token_rows=13)
+    ids = torch.tensor([[1, 2**20], [3, 4]])
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(made(ids.int()), made(ids))
+            for wrong in (ids.new_ones(2, 3), ids.new_ones(2, 1), ids.new_ones(2)):
+                with pytest.raises(EmbeddingError, match=r"^input: one id per feature, \[B, 2\], not \[2"):
+                    made(wrong)
+            with pytest.raises(EmbeddingError, match=r"int64 or int32, not torch\.float32"):
+                made(ids.float())
+            for dtype, near in ((torch.float64, 1e-6), (torch.float16, 2e-3)):
+                other = pickle.loads(pickle.dumps(made)).to(dtype)(ids)
+                assert other.dtype == dtype
+                torch.testing.assert_close(other.float(), made(ids), atol=near, rtol=0)
+
+
 def test_full_takes_a_table_and_the_state_of_torchs_module() -> None:
     theirs = torch.nn.EmbeddingBag(N, D, mode="sum")
     ids = torch.arange(N).view(10, 6)

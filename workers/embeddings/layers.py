@@ -19,7 +19,7 @@ from ...parameter_server.memory import reserve
 from ...parameter_server.store import Store
 from ...parameter_server.tables import Optimizer, TableSpec
 from .base import EmbeddingError, Feature
-from .layers_arguments import Common, Mode, feature_of, in_own_words, refuse
+from .layers_arguments import Common, Mode, check_ids, feature_of, in_own_words, refuse
 from .layers_stored import StoredTables
 from .planning import METHODS, check_options
 from .torch_rows import map_rows
@@ -131,9 +131,7 @@ class Layer(nn.Module):
                 ids of another dtype.
             ValueError: shapes that do not go together.
         """
-        for given in (input, offsets):
-            if given is not None and given.dtype not in (torch.int64, torch.int32):
-                raise EmbeddingError(f"input and offsets: int64 or int32, not {given.dtype}")
+        check_ids(input, offsets)
         if self.stored is not None:
             last, padding = self.include_last_offset, self.padding_idx
             out: Tensor = self.stored(input, offsets, per_sample_weights, last=last, padding=padding)
@@ -260,6 +258,8 @@ class QR(Layer):
         scheme: Literal["quotient_remainder", "chinese_remainder"] = "quotient_remainder",
         **common: Unpack[Common],
     ) -> None:
+        if operation not in ("mult", "add", "concat"):
+            raise EmbeddingError(f"operation: {operation!r} is none of mult, add and concat")
         sizes = {"rows": remainder_rows, "moduli": moduli, "ratio": ratio, "partitions": partitions}
         shape = {"operation": operation, "scheme": scheme}
         super().__init__("qr", num_embeddings, embedding_dim, {**sizes, **shape}, *bag, **common)

@@ -50,6 +50,13 @@ def refuse(max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> No
         )
 
 
+def check_ids(*given: Tensor | None) -> None:
+    """Raises EmbeddingError: ids or offsets that are no whole numbers, or of fewer bits than torch's module takes."""
+    for one in given:
+        if one is not None and one.dtype not in (torch.int64, torch.int32):
+            raise EmbeddingError(f"input and offsets: int64 or int32, not {one.dtype}")
+
+
 def feature_of(words: Mapping[str, str], **options: Any) -> Feature:
     """Raises EmbeddingError: a value that no option can have, in one line and by the layer's own names."""
     try:

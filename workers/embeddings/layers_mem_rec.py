@@ -15,7 +15,7 @@ from . import kernels
 from .base import EmbeddingError
 from .gather import sample_sums
 from .layers import Layer, initial_rows
-from .layers_arguments import Common, feature_of
+from .layers_arguments import Common, check_ids, feature_of
 from .mem_rec import MemRec as Method
 from .torch_rows import map_rows
 
@@ -83,9 +83,18 @@ class MemRecSample(nn.Module):
         self._seeds = [np.array([own.seed for own in maps], np.uint64) for maps in self._maps]
 
     def forward(self, input: Tensor) -> Tensor:
-        """ids int64 [B, F] -> vectors [B, d]."""
+        """ids int64 or int32 [B, F] -> vectors [B, d].
+
+        Raises:
+            EmbeddingError: ids of another shape or dtype.
+        """
+        check_ids(input)
+        if input.dim() != 2 or input.shape[1] != len(self.methods):
+            raise EmbeddingError(f"input: one id per feature, [B, {len(self.methods)}], not {list(input.shape)}")
+        input = input.long()
         tables = list(self.parameters())
-        if tables[0].device.type != "cpu" or torch.compiler.is_compiling():
+        table = tables[0]
+        if table.device.type != "cpu" or table.dtype != torch.float32 or torch.compiler.is_compiling():
             return self.methods[0].compose_sample(
                 [F.embedding_bag(self._rows(number, input), table, mode="sum") for number, table in enumerate(tables)]
             )
