@@ -11,6 +11,7 @@ from embershard.datasets.schema import Batch
 from embershard.parameter_server.store import Store
 from embershard.parameter_server.tables import Optimizer
 from embershard.workers.embeddings.planning import EmbeddingConfig
+from embershard.workers.models import dlrm
 from embershard.workers.models.build import ModelConfig, build_model
 from embershard.workers.models.dcn_v2 import CrossLayer, DCNv2
 from embershard.workers.network import Network, NetworkSpec
@@ -47,6 +48,16 @@ def test_the_first_cross_layer_reads_its_input_twice() -> None:
     expected = x2 @ model.top[0].weight.t() + model.top[0].bias
     torch.testing.assert_close(model(torch.empty(4, 0), vectors), expected.squeeze(1))
     torch.testing.assert_close(model(torch.empty(4, 0), x0), expected.squeeze(1))  # one vector per sample
+
+
+def test_a_dlrm_that_was_traced_before_it_was_called_still_calculates() -> None:
+    """As `embershard export` does, in a process that has not trained."""
+    dlrm._pairs.cache_clear()
+    model = build_model(ModelConfig(bottom=[8], top=[8]), dense=2, features=3, dim=4, seed=0)
+    arguments = (torch.ones(2, 2), torch.ones(2, 3, 4))
+    torch.export.export(model, arguments)
+    with torch.no_grad():
+        assert type(model(*arguments)) is torch.Tensor
 
 
 def test_a_dlrm_with_one_vector_alone_reads_it() -> None:

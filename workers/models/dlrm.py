@@ -79,6 +79,7 @@ class DLRM(Model):
         self.bottom = mlp([dense, *bottom, dim], generator, linear_last=False) if dense else None
         vectors = features + 1 if dense else features
         interaction = dim if per_sample or vectors == 1 else vectors * (vectors - 1) // 2
+        _pairs(vectors, torch.device("cpu"))  # kept from here on: under torch.export's tracing they would be no numbers
         width = (dim if dense else 0) + interaction
         self.top = mlp([width, *top, 1], generator, linear_last=True)
 
