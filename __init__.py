@@ -58,6 +58,10 @@ def __getattr__(name: str) -> Any:
     return module if _PUBLIC[name] == f".{name}" else getattr(module, name)
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 if TYPE_CHECKING:
     from . import nn
     from .cluster.config import RunConfig

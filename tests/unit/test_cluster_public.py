@@ -22,6 +22,10 @@ def test_type_checkers_see_the_same_names() -> None:
     assert seen | {"__version__"} == set(embershard.__all__) == {*embershard._PUBLIC, "__version__"}
 
 
+def test_what_a_notebook_completes_are_the_public_names() -> None:
+    assert dir(embershard) == sorted(embershard.__all__)
+
+
 def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
         _ = embershard.Trainr
