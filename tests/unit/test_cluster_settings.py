@@ -113,7 +113,7 @@ def test_files_that_are_not_configurations(tmp_path: Path, text: str, says: str)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such configuration file"):
+    with pytest.raises(ConfigError, match="no such run or configuration file"):
         resolve(Config, tmp_path / "absent.yaml", {}, [])
 
 
