@@ -17,6 +17,7 @@ from .cli_chaos import chaos
 from .cli_compare import compare
 from .cli_data import convert, generate, inspect
 from .cli_export import export
+from .cli_plan import plan
 from .cli_scale import scale, status
 from .cli_train import evaluate, train
 from .doctor import doctor
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(plan)
 app.command()(evaluate)
 app.command()(export)
 app.command()(compare)

@@ -11,7 +11,7 @@ from embershard.cluster.cli import main
 from embershard.cluster.config import RunConfig
 from embershard.cluster.run_folder import RunFolder
 
-COMMANDS = ("train", "evaluate", "export", "compare", "convert", "generate", "inspect", "chaos", "doctor")
+COMMANDS = ("train", "plan", "evaluate", "export", "compare", "convert", "generate", "inspect", "chaos", "doctor")
 
 
 class Result:
@@ -135,6 +135,16 @@ def test_giving_up_a_scaling_is_asked_for_alone(run, monkeypatch: pytest.MonkeyP
     assert (both.code, "alone --give-up" in both.error, asked) == (2, True, [])
     result = run("scale", "r", "--give-up", "--json")
     assert asked == ["give_up_scaling"] and result.json == {"given_up": True}
+
+
+def test_plan_says_what_a_run_will_need_and_starts_nothing(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert "data.path: nothing to plan for" in run("plan", "cluster.shards=3").error
+    run("generate", "log", "--rows", "500")
+    result = run("plan", "data.path=log", "cluster.shards=3", "embedding.method=hash", "embedding.ratio=8", "--json")
+    assert result.code == 0, result.err
+    assert result.json["shards"] == 3 and "3 shards" in result.out
+    assert 7 * int(str(result.json["embedding_bytes"])) < int(str(result.json["full_embedding_bytes"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log"]
 
 
 @pytest.mark.parametrize("log", ["log", "memory://generated-log"])
