@@ -61,16 +61,24 @@ def scale(
         print_json(result)
 
 
-def status(run: Run, json: Json = False, debug: Debug = False) -> None:
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="The folder of the run; by default the last one in runs/.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Show the workers and shards of a run: what these hold, how far they are, what they have refused.
 
     \b
     Examples:
+      embershard status
       embershard status runs/20260101-120000-train
       embershard status runs/20260101-120000-train --json
     """
-    from .run_folder import read_run
+    from .run_folder import newest_run, read_run
 
+    run = run or newest_run(Path("runs"))
     record = read_run(run)
     result: dict[str, Any] = {name: record.get(name) for name in ("status", "generation", "started", "ray_address")}
     result["run_dir"] = str(run)

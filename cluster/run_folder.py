@@ -134,6 +134,14 @@ class RunFolder:
         self._lock.close()
 
 
+def newest_run(folder: Path) -> Path:
+    """The run in `folder` that said something of itself last. Raises ConfigError: there is none."""
+    found = [path for path in folder.glob("*") if is_run(path)]
+    if not found:
+        raise ConfigError(f"{folder}: no run in here; give the folder of one")
+    return max(found, key=lambda path: (path / RUN_FILE).stat().st_mtime_ns)
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """run.json of a run. Raises ConfigError: missing or damaged."""
     try:

@@ -137,6 +137,14 @@ def test_giving_up_a_scaling_is_asked_for_alone(run, monkeypatch: pytest.MonkeyP
     assert asked == ["give_up_scaling"] and result.json == {"given_up": True}
 
 
+def test_status_is_that_of_the_last_run(run) -> None:  # type: ignore[no-untyped-def]
+    assert "runs: no run in here" in run("status").error
+    for name in ("b", "a"):
+        RunFolder.open(Path("runs", name), resume=False).close("finished")
+    result = run("status", "--json")
+    assert result.code == 0 and result.json["run_dir"] == "runs/a" and result.json["status"] == "finished"
+
+
 def test_plan_says_what_a_run_will_need_and_starts_nothing(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert "data.path: nothing to plan for" in run("plan", "cluster.shards=3").error
     run("generate", "log", "--rows", "500")
