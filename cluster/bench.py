@@ -91,12 +91,15 @@ def machine() -> dict[str, Any]:
 def run_rounds(contenders: Sequence[Contender], rounds: int, tell: Callable[[str], None]) -> Comparison:
     """All contenders once per round, in turn, so that a machine that drifts drifts for all of them.
 
+    Every second round the other way round: what a contender leaves behind (memory to be freed, files to be written)
+    falls to another one.
+
     Raises:
         RunFailed: a contender failed; names it and shows its last line.
     """
     comparison = Comparison()
     for number in range(rounds):
-        for contender in contenders:
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
             comparison.add(contender.prefix, _measure(contender))
             tell(f"round {number + 1}/{rounds}: {contender.prefix}")
     return comparison

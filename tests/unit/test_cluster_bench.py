@@ -40,3 +40,10 @@ def test_a_contender_that_does_not_end_is_named(monkeypatch):
     monkeypatch.setattr("embershard.cluster.bench.CONTENDER_SECONDS", 0.2)
     with pytest.raises(RunFailed, match=r"contender asleep was not done after 0\.2 s"):
         run_rounds([Contender("asleep", ("timeit", "-n1", "-r1", "import time; time.sleep(9)"))], 1, lambda line: None)
+
+
+def test_every_second_round_goes_the_other_way(monkeypatch):
+    monkeypatch.setattr("embershard.cluster.bench._measure", lambda contender: {"rate": 1.0})
+    told = []
+    run_rounds([Contender("a", ()), Contender("b", ())], 3, told.append)
+    assert [line[-1] for line in told] == ["a", "b", "b", "a", "a", "b"]
