@@ -88,21 +88,26 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": cores, "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__}
 
 
-def run_rounds(contenders: Sequence[Contender], rounds: int, tell: Callable[[str], None]) -> Comparison:
-    """All contenders once per round, in turn, so that a machine that drifts drifts for all of them.
+def run_rounds(
+    contenders: Sequence[Contender], wanted: Mapping[str, tuple[str, str]], rounds: int, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """All contenders once per round, in turn, so that a machine that drifts drifts for all of them; `wanted` and what
+    is returned: see `Comparison.summary`.
 
     Every second round the other way round: what a contender leaves behind (memory to be freed, files to be written)
     falls to another one.
 
     Raises:
-        RunFailed: a contender failed; names it and shows its last line.
+        RunFailed: a contender failed; names it and shows its last line. Or the first round lacks what is wanted.
     """
     comparison = Comparison()
+    summary: dict[str, Any] = {}
     for number in range(rounds):
         for contender in contenders if number % 2 == 0 else reversed(contenders):
             comparison.add(contender.prefix, _measure(contender))
             tell(f"round {number + 1}/{rounds}: {contender.prefix}")
-    return comparison
+        summary = comparison.summary(wanted)
+    return summary
 
 
 def _measure(contender: Contender) -> dict[str, float]:
@@ -142,16 +147,16 @@ def bench_kernels(rounds: int, peers: bool, tell: Callable[[str], None]) -> dict
         contenders += [_contender(f"{name}.d{width}", module, name, width=width) for name in names]
         ours = f"ours.d{width}"
         wanted[f"gather_d{width}_of_random_read"] = (f"{ours}.gather", f"{ours}.random_read")
-        for kernel in ("gather", "sgd", "rowwise_adagrad", "adagrad", "adam"):
-            for peer in names[1:]:
+        for peer in names[1:]:
+            for kernel in ("gather", "sgd", "adagrad", "adam" if peer == "torch" else "rowwise_adagrad"):
                 wanted[f"{kernel}_d{width}_over_{peer}"] = (f"{ours}.{kernel}", f"{peer}.d{width}.{kernel}")
-    return run_rounds(contenders, rounds, tell).summary(wanted)
+    return run_rounds(contenders, wanted, rounds, tell)
 
 
 def bench_moves(rounds: int, gigabytes: float, blocks: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """A shard leaves while a worker trains, with and without journals, beside the raw socket."""
     contenders, wanted = _moves(gigabytes, blocks)
-    return run_rounds(contenders, rounds, tell).summary(wanted)
+    return run_rounds(contenders, wanted, rounds, tell)
 
 
 def _moves(gigabytes: float, blocks: int) -> tuple[list[Contender], dict[str, tuple[str, str]]]:
@@ -193,7 +198,7 @@ def bench_rpc(rounds: int, tell: Callable[[str], None]) -> dict[str, Any]:
                 f"mtls.real.d16.{reading}_gbps",
                 f"grpc.real.d16.{reading}_gbps",
             )
-    return run_rounds(contenders, rounds, tell).summary(wanted)
+    return run_rounds(contenders, wanted, rounds, tell)
 
 
 def bench_stream(
@@ -207,7 +212,11 @@ def bench_stream(
     from ..datasets.bench import write_text
     from ..datasets.synthetic import KAGGLE, generate
 
-    module = "datasets.bench"
+    module, rate = "datasets.bench", "rows_per_second"
+    wanted = {
+        f"ours_over_{peer}": (f"ours.{rate}", f"{peer}.{rate}") for peer in ("pyarrow", "ray_data", "hugging_face")
+    }
+    wanted["convert_over_pyarrow_csv"] = (f"convert.{rate}", f"pyarrow_csv.{rate}")
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
             path = str(Path(folder, "log"))
@@ -221,13 +230,7 @@ def bench_stream(
             contenders.append(_contender("ray_data", module, "ray_data", path=path))
             command = (f"embershard.{module}", "hugging_face", json.dumps({"path": path}))
             contenders.append(Contender("hugging_face", command, _python_beside("Hugging Face", HUGGING_FACE, tell)))
-        comparison = run_rounds(contenders, rounds, tell)
-    rate = "rows_per_second"
-    wanted = {
-        f"ours_over_{peer}": (f"ours.{rate}", f"{peer}.{rate}") for peer in ("pyarrow", "ray_data", "hugging_face")
-    }
-    wanted["convert_over_pyarrow_csv"] = (f"convert.{rate}", f"pyarrow_csv.{rate}")
-    return comparison.summary(wanted)
+        return run_rounds(contenders, wanted, rounds, tell)
 
 
 def bench_train(
@@ -236,12 +239,20 @@ def bench_train(
     """DLRM on Criteo Kaggle's cardinalities, tables capped at a million rows, two torch threads for everybody."""
     from ..workers.bench import write_batches
 
-    module = "workers.bench"
+    module, rate = "workers.bench", "samples_per_second"
+    variants = {f"ours_{n}_{how}": (n, how) for n in (2, 1, 4) for how in ("bounded", "sync")}
+    wanted = {
+        f"{ours}_over_{peer}": (f"{ours}.{rate}", f"{peer}.{rate}")
+        for ours in (*variants, "ours_local")
+        for peer in ("fbgemm", "torchrec", "torch_adagrad", "dense")
+    }
+    wanted |= {f"ours_over_{peer}": (f"ours_2_bounded.{rate}", f"{peer}.{rate}") for peer in ("fbgemm", "torchrec")}
+    wanted["mlet_over_single_layer"] = (f"mlet_local.{rate}", f"ours_local.{rate}")
+    wanted["ours_over_torch_adagrad"] = (f"ours_2_bounded.{rate}", f"torch_adagrad.{rate}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "batches.npz")
         write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
         common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2}
-        variants = {f"ours_{n}_{how}": (n, how) for n in (2, 1, 4) for how in ("bounded", "sync")}
         contenders = [
             _beside_shards(prefix, shards=shards, consistency=consistency, **common)
             for prefix, (shards, consistency) in variants.items()
@@ -256,17 +267,7 @@ def bench_train(
             arguments = json.dumps({"path": str(path), "dim": dim, "port": _free_port()})
             command = ("embershard.workers.torchrec_bench", arguments)
             contenders.append(Contender("torchrec", command, _python_beside("TorchRec", TORCHREC, tell)))
-        comparison = run_rounds(contenders, rounds, tell)
-    rate = "samples_per_second"
-    wanted = {
-        f"{ours}_over_{peer}": (f"{ours}.{rate}", f"{peer}.{rate}")
-        for ours in (*variants, "ours_local")
-        for peer in ("fbgemm", "torchrec", "torch_adagrad", "dense")
-    }
-    wanted |= {f"ours_over_{peer}": (f"ours_2_bounded.{rate}", f"{peer}.{rate}") for peer in ("fbgemm", "torchrec")}
-    wanted["mlet_over_single_layer"] = (f"mlet_local.{rate}", f"ours_local.{rate}")
-    wanted["ours_over_torch_adagrad"] = (f"ours_2_bounded.{rate}", f"torch_adagrad.{rate}")
-    return comparison.summary(wanted)
+        return run_rounds(contenders, wanted, rounds, tell)
 
 
 def bench_durability(
@@ -285,16 +286,15 @@ def bench_durability(
     if Certificates.of_environment() is not None:
         variants["mtls"] = {"mtls": True}
     moving, wanted = _moves(gigabytes, blocks=32)
+    rate = "samples_per_second"
+    wanted |= {f"{name}_over_none": (f"{name}.{rate}", f"none.{rate}") for name in [*variants][1:]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "batches.npz")
         write_batches(path, batch=batch, steps=steps, row_cap=1_000_000)
         common: dict[str, Any] = {"path": str(path), "dim": dim, "threads": 2, "shards": 2, "consistency": "bounded"}
         training = [_beside_shards(name, **common, **how) for name, how in variants.items()]
         killed = _contender("killed", "cluster.kill_bench", "killed")
-        comparison = run_rounds([*training, killed, *moving], rounds, tell)
-    rate = "samples_per_second"
-    wanted |= {f"{name}_over_none": (f"{name}.{rate}", f"none.{rate}") for name in [*variants][1:]}
-    return comparison.summary(wanted)
+        return run_rounds([*training, killed, *moving], wanted, rounds, tell)
 
 
 def _free_port() -> int:

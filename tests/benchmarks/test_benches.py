@@ -24,7 +24,7 @@ from embershard.cluster.bench import (
 
 PEERS = importlib.util.find_spec("fbgemm_gpu") is not None
 BENCHES: dict[str, tuple[Callable[..., dict[str, Any]], int]] = {
-    "kernels": (partial(bench_kernels, 1, PEERS), 30 if PEERS else 18),
+    "kernels": (partial(bench_kernels, 1, PEERS), 33 if PEERS else 21),
     "rpc": (partial(bench_rpc, 1), 60),
     "train": (partial(bench_train, 1, PEERS, False, 16, 256, 3), 24 if PEERS else 16),
     "durability": (partial(bench_durability, 1, 16, 256, 3, 0.05), 4),

@@ -33,17 +33,26 @@ def test_a_reading_that_is_wanted_and_missing_is_named():
 def test_a_contender_that_fails_is_named():
     contender = Contender("broken", ("embershard.parameter_server.bench", "nobody", "{}"))
     with pytest.raises(RunFailed, match="contender broken failed: KeyError: 'nobody'"):
-        run_rounds([contender], 1, lambda line: None)
+        run_rounds([contender], {}, 1, lambda line: None)
 
 
 def test_a_contender_that_does_not_end_is_named(monkeypatch):
     monkeypatch.setattr("embershard.cluster.bench.CONTENDER_SECONDS", 0.2)
+    asleep = Contender("asleep", ("timeit", "-n1", "-r1", "import time; time.sleep(9)"))
     with pytest.raises(RunFailed, match=r"contender asleep was not done after 0\.2 s"):
-        run_rounds([Contender("asleep", ("timeit", "-n1", "-r1", "import time; time.sleep(9)"))], 1, lambda line: None)
+        run_rounds([asleep], {}, 1, lambda line: None)
 
 
 def test_every_second_round_goes_the_other_way(monkeypatch):
     monkeypatch.setattr("embershard.cluster.bench._measure", lambda contender: {"rate": 1.0})
     told = []
-    run_rounds([Contender("a", ()), Contender("b", ())], 3, told.append)
+    run_rounds([Contender("a", ()), Contender("b", ())], {}, 3, told.append)
     assert [line[-1] for line in told] == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_what_is_missing_is_said_after_the_first_round(monkeypatch):
+    monkeypatch.setattr("embershard.cluster.bench._measure", lambda contender: {"rate": 1.0})
+    told = []
+    with pytest.raises(RunFailed, match=r"b\.other was not read"):
+        run_rounds([Contender("a", ()), Contender("b", ())], {"a_over_b": ("a.rate", "b.other")}, 3, told.append)
+    assert len(told) == 2
