@@ -50,7 +50,7 @@ def plan(
 
 def _lines(plan: dict[str, Any]) -> list[str]:
     tables, full = readable_bytes(plan["embedding_bytes"]), readable_bytes(plan["full_embedding_bytes"])
-    parts = [_part(f"{plan[f'{name}s']} {name}s", plan[name]) for name in PARTS]
+    parts = [_part(_count(plan[f"{name}s"], name), plan[name]) for name in PARTS]
     rate = {name: readable_bytes(plan[name]["wire_bytes_per_step"] * plan["steps"] / plan["seconds"]) for name in PARTS}
     return [
         f"embeddings    {plan['embedding_parameters']:,} parameters, {tables}; full tables: {full} "
@@ -64,6 +64,10 @@ def _lines(plan: dict[str, Any]) -> list[str]:
         f"where {plan['threads']} threads train, and its network carries {rate['worker']}/s for a worker, "
         f"{rate['shard']}/s for a shard; the busiest has {plan['shard']['busiest_over_mean']:.2f} times the mean",
     ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _part(name: str, part: dict[str, Any]) -> dict[str, Any]:

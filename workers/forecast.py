@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NoReturn, TypeVar
 
@@ -39,8 +40,8 @@ def forecast(job: TrainingJob, *, blocks: int, shards: int, workers: int) -> dic
 
     Returns the sizes of `network.describe`, and
         method, placement, shards, workers, steps; optimizer_state_bytes, dense_parameters, checkpoint_bytes;
-        worker: samples_per_step, rows_per_step, wire_bytes_per_step, ms_per_step (in `threads` threads here, rows there
-            at once), table_bytes and state_bytes (0 unless tables are replicated);
+        worker: samples_per_step, rows_per_step, wire_bytes_per_step, ms_per_step (in `threads` threads here; rows of
+            shards are there at once), table_bytes and state_bytes (0 unless tables are replicated);
         shard: of the busiest, table_bytes, state_bytes, rows_per_step, wire_bytes_per_step and ms_per_step (one thread
             here, for all workers), and busiest_over_mean of the rows per step;
         seconds: of all steps, if every worker and shard has a machine like this one, and no network is in their way.
@@ -49,15 +50,63 @@ def forecast(job: TrainingJob, *, blocks: int, shards: int, workers: int) -> dic
     Raises:
         DataError, EmbeddingError, TableError: the input cannot be right.
     """
+    store = _Outline(blocks, shards, job.seed)
+    trial = _train_a_little(job, store, workers)
+    layout, all_rows, busiest = store.layout, trial.rows.sum(1), trial.rows[:, trial.rows.sum(0).argmax()]
+    held = _held(store)
+    worker = {"samples_per_step": trial.samples, "rows_per_step": float(all_rows.sum())}
+    if job.embedding.placement == "replicated":
+        # Every worker applies what all of them send.
+        seconds, shard_seconds = trial.seconds + workers * _kernel_seconds(layout, all_rows), 0.0
+        worker |= {"wire_bytes_per_step": (workers - 1) * _wire_bytes(layout, all_rows), **_sizes(held.sum(1))}
+        shard = {"rows_per_step": 0.0, "wire_bytes_per_step": 0.0, **_sizes(np.zeros(2))}
+    else:
+        seconds, shard_seconds = trial.seconds, workers * _kernel_seconds(layout, busiest)
+        worker |= {"wire_bytes_per_step": 2 * _wire_bytes(layout, all_rows), **_sizes(np.zeros(2))}
+        wire = workers * 2 * _wire_bytes(layout, busiest)
+        shard = {"rows_per_step": workers * float(busiest.sum()), "wire_bytes_per_step": wire, **_sizes(held.max(1))}
+    together = seconds + shard_seconds if job.train.consistency == "sync" else max(seconds, shard_seconds)
+    cells, state_cells = _cells(layout)
+    return {
+        **trial.sizes,
+        "placement": job.embedding.placement,
+        "shards": shards,
+        "workers": workers,
+        "steps": trial.steps,
+        "seconds": trial.steps * together,
+        "threads": torch.get_num_threads(),
+        "optimizer_state_bytes": 4 * state_cells,
+        "checkpoint_bytes": 4 * (cells + state_cells) + trial.dense_bytes,
+        "worker": worker | {"ms_per_step": 1e3 * seconds},
+        "shard": shard
+        | {
+            "ms_per_step": 1e3 * shard_seconds,
+            "busiest_over_mean": float(busiest.sum() / all_rows.sum() * shards),
+        },
+    }
+
+
+@dataclass
+class _Trial:
+    """What some steps of one worker showed. rows: distinct ones a step, float64 [slabs, shards]; samples and seconds: a
+    step; steps: of the whole run."""
+
+    sizes: dict[str, Any]
+    rows: np.ndarray
+    samples: float
+    seconds: float
+    steps: int
+    dense_bytes: int
+
+
+def _train_a_little(job: TrainingJob, store: _Outline, workers: int) -> _Trial:
     if job.data.path is None:
         raise DataError("data.path: nothing to plan for; give a Parquet file, a folder of them or a URL")
     if job.train.threads is not None:
         torch.set_num_threads(job.train.threads)
-    schema = load_schema(job.data.path, job.data)
+    data, schema = job.data, load_schema(job.data.path, job.data)
     spec = NetworkSpec.plan(schema, job.embedding, job.model, job.optimizer.sparse.update, job.seed)
-    store = _Outline(blocks, shards, job.seed)
     network = Network(spec, store, torch.device("cpu"))
-    data = job.data
     stream = ParquetStream(
         job.data.path,
         batch_size=data.batch_size,
@@ -73,47 +122,14 @@ def forecast(job: TrainingJob, *, blocks: int, shards: int, workers: int) -> dic
         steps = job.train.epochs * stream.steps(0)
         learner = Learner(network, job.optimizer, total_steps=steps)
         rows, samples, seconds = _first_steps(network, stream, learner)
-    steps = min(steps, job.train.max_steps or steps)
-    replicated = job.embedding.placement == "replicated"
-    held = _held(store)
-    nowhere = np.zeros_like(held)
-    busiest = int(rows.sum(0).argmax())
-    shard_seconds = 0.0 if replicated else workers * _kernel_seconds(store.layout, rows[:, busiest])
-    together = seconds + shard_seconds if job.train.consistency == "sync" else max(seconds, shard_seconds)
-    cells = _cells(store.layout)
-    dense = sum(tensor.nbytes for tensor in dense_tensors(network, learner.optimizer).values())
-    return {
-        **describe(network),
-        "method": methods_of(spec.features),
-        "placement": job.embedding.placement,
-        "shards": shards,
-        "workers": workers,
-        "steps": steps,
-        "seconds": steps * together,
-        "threads": torch.get_num_threads(),
-        "optimizer_state_bytes": 4 * cells[1],
-        "dense_parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "checkpoint_bytes": 4 * sum(cells) + dense,
-        "worker": {
-            "samples_per_step": samples,
-            "rows_per_step": float(rows.sum()),
-            "wire_bytes_per_step": _wire_bytes(store.layout, rows.sum(1), both_ways=not replicated)
-            * (workers - 1 if replicated else 1),
-            "ms_per_step": 1e3 * seconds,
-            **_sizes(held.sum(1) if replicated else nowhere.sum(1)),
-        },
-        "shard": {
-            "rows_per_step": 0.0 if replicated else workers * float(rows[:, busiest].sum()),
-            "wire_bytes_per_step": 0.0 if replicated else workers * _wire_bytes(store.layout, rows[:, busiest]),
-            "ms_per_step": 1e3 * shard_seconds,
-            "busiest_over_mean": float(rows[:, busiest].sum() / rows.sum() * shards),
-            **_sizes((nowhere if replicated else held).max(1)),
-        },
-    }
+    dense = sum(parameter.numel() for parameter in network.parameters())
+    sizes = {**describe(network), "dense_parameters": dense, "method": methods_of(spec.features)}
+    dense_bytes = sum(tensor.nbytes for tensor in dense_tensors(network, learner.optimizer).values())
+    return _Trial(sizes, rows, samples, seconds, min(steps, job.train.max_steps or steps), dense_bytes)
 
 
 def _first_steps(network: Network, stream: ParquetStream, learner: Learner) -> tuple[np.ndarray, float, float]:
-    """(distinct rows a step by slab and shard: float64 [slabs, shards], samples a step, seconds a step)."""
+    """rows, samples and seconds of a `_Trial`."""
     store = network.embeddings.store
     rows = np.zeros((len(store.layout.slabs), len(store.block_map.addresses)))
     samples, seconds = [], []
@@ -130,10 +146,9 @@ def _first_steps(network: Network, stream: ParquetStream, learner: Learner) -> t
     return rows / len(samples), statistics.mean(samples), statistics.median(seconds[1:] or seconds)
 
 
-def _wire_bytes(layout: Layout, rows: np.ndarray, *, both_ways: bool = True) -> float:
-    """rows: [slabs]. An index asks for a row, the row comes back; an index and a gradient are sent."""
-    each = [slab.index_dtype.itemsize + 4 * slab.width for slab in layout.slabs]
-    return float(np.dot(each, rows)) * (2 if both_ways else 1)
+def _wire_bytes(layout: Layout, rows: np.ndarray) -> float:
+    """Of so many rows of each slab, [slabs], with their indices, one way."""
+    return float(np.dot([slab.index_dtype.itemsize + 4 * slab.width for slab in layout.slabs], rows))
 
 
 def _cells(layout: Layout) -> tuple[int, int]:

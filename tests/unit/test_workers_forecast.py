@@ -78,6 +78,7 @@ def test_replicated_tables_are_with_the_workers(log: str) -> None:
     asked = job(log, placement="replicated")
     alone, three = (forecast(asked, blocks=BLOCKS, shards=SHARDS, workers=n) for n in (1, 3))
     assert three["shard"]["table_bytes"] == three["shard"]["wire_bytes_per_step"] == 0
+    assert three["shard"]["ms_per_step"] == 0 < three["worker"]["ms_per_step"]
     assert three["worker"]["table_bytes"] >= three["embedding_bytes"] == 16 * 457
     assert alone["worker"]["wire_bytes_per_step"] == 0
     assert three["worker"]["wire_bytes_per_step"] == pytest.approx(2 * 20 * three["worker"]["rows_per_step"])
