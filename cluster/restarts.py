@@ -66,7 +66,7 @@ class ElasticWorkers(FixedWorkers):
             self._looked = time.monotonic()
             number = self._count.look(self._held.total(), self._room(), self._wanted())
             if number is not None:
-                ask(self._namespace, "rest", number)
+                _ask_once(self._namespace, "rest", number)
         return NoopDecision()
 
     @property
@@ -79,7 +79,7 @@ class ElasticWorkers(FixedWorkers):
         return room(free, self._held, self._per_worker, self._count.most)
 
     def _wanted(self) -> int | None:
-        if (workers := ask(self._namespace, "workers")) is not None:
+        if (workers := _ask_once(self._namespace, "workers")) is not None:
             self._wished = workers["wanted"]
         return self._wished
 
@@ -106,11 +106,11 @@ class RestartPolicy(FailurePolicy):  # type: ignore[misc]  # Ray has no types
             return FailureDecision.RAISE
         self._left -= 1
         again = f"they begin again, {self._left} more times at most"
-        ask(self._namespace, "report", {"note": f"the workers stopped: {one_line(cause)}; {again}"})
+        _ask_once(self._namespace, "report", {"note": f"the workers stopped: {one_line(cause)}; {again}"})
         return FailureDecision.RETRY
 
 
-def ask(namespace: str, method: str, *arguments: Any) -> Any:
+def _ask_once(namespace: str, method: str, *arguments: Any) -> Any:
     """What the coordinator answers; None when it does not."""
     with suppress(RayError, ValueError):  # ValueError: its name is not there while Ray starts it again
         call = getattr(ray.get_actor(NAME, namespace=namespace), method).remote(*arguments)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +21,17 @@ from ..parameter_server import kernels
 from ..parameter_server.blocks import BlockMap
 from ..parameter_server.memory import SlabMemory
 from ..parameter_server.optimizers import apply
-from ..parameter_server.requests import Clock, RowSet
-from ..parameter_server.store import Counters, Store, StoreError
+from ..parameter_server.requests import Clock, PullReply, PullRequest, PushReply, PushRequest
+from ..parameter_server.sharded import OnAnswer, ShardedStore
 from ..parameter_server.tables import Layout, Slab, TableSpec
 from .job import TrainingJob
 from .learner import Learner
 from .network import Network, NetworkSpec, dense_tensors, describe, methods_of
+from .trainer import open_stream
 
 BATCHES = 12
 # Large enough that a row is rarely in the cache, small enough for any machine.
 KERNEL_TABLE_BYTES = 1 << 27
-
-T = TypeVar("T")
 
 
 def forecast(job: TrainingJob, *, blocks: int, shards: int, workers: int) -> dict[str, Any]:
@@ -50,8 +49,8 @@ def forecast(job: TrainingJob, *, blocks: int, shards: int, workers: int) -> dic
     Raises:
         DataError, EmbeddingError, TableError: the input cannot be right.
     """
-    store = _Outline(blocks, shards, job.seed)
-    trial = _train_a_little(job, store, workers)
+    with _Outline(blocks, shards, job.seed) as store:
+        trial = _train_a_little(job, store, workers)
     layout, all_rows, busiest = store.layout, trial.rows.sum(1), trial.rows[:, trial.rows.sum(0).argmax()]
     held = _held(store)
     worker = {"samples_per_step": trial.samples, "rows_per_step": float(all_rows.sum())}
@@ -104,46 +103,35 @@ def _train_a_little(job: TrainingJob, store: _Outline, workers: int) -> _Trial:
         raise DataError("data.path: nothing to plan for; give a Parquet file, a folder of them or a URL")
     if job.train.threads is not None:
         torch.set_num_threads(job.train.threads)
-    data, schema = job.data, load_schema(job.data.path, job.data)
+    schema = load_schema(job.data.path, job.data)
     spec = NetworkSpec.plan(schema, job.embedding, job.model, job.optimizer.sparse.update, job.seed)
     network = Network(spec, store, torch.device("cpu"))
-    stream = ParquetStream(
-        job.data.path,
-        batch_size=data.batch_size,
-        schema=schema,
-        window_bytes=data.window_bytes,
-        read_ahead_bytes=data.read_ahead_bytes,
-        missing_id=data.missing_id,
-        workers=workers,
-        seed=job.seed,
-        shuffle=data.shuffle,
+    stream = open_stream(
+        job, job.data.path, schema, job.data.batch_size, shuffle=job.data.shuffle, rank=0, workers=workers
     )
     with closing(stream):
         steps = job.train.epochs * stream.steps(0)
         learner = Learner(network, job.optimizer, total_steps=steps)
-        rows, samples, seconds = _first_steps(network, stream, learner)
+        samples, seconds = _first_steps(network, stream, learner)
     dense = sum(parameter.numel() for parameter in network.parameters())
     sizes = {**describe(network), "dense_parameters": dense, "method": methods_of(spec.features)}
     dense_bytes = sum(tensor.nbytes for tensor in dense_tensors(network, learner.optimizer).values())
-    return _Trial(sizes, rows, samples, seconds, min(steps, job.train.max_steps or steps), dense_bytes)
+    asked = [[store.rows[slab.id, shard] for shard in range(store.shards)] for slab in store.layout.slabs]
+    rows = np.array(asked) / len(samples)
+    # The first step loads what the others find loaded.
+    median = statistics.median(seconds[1:] or seconds)
+    return _Trial(sizes, rows, statistics.mean(samples), median, min(steps, job.train.max_steps or steps), dense_bytes)
 
 
-def _first_steps(network: Network, stream: ParquetStream, learner: Learner) -> tuple[np.ndarray, float, float]:
-    """rows, samples and seconds of a `_Trial`."""
-    store = network.embeddings.store
-    rows = np.zeros((len(store.layout.slabs), len(store.block_map.addresses)))
+def _first_steps(network: Network, stream: ParquetStream, learner: Learner) -> tuple[list[int], list[float]]:
+    """Samples and seconds of each."""
     samples, seconds = [], []
     for step, batch in enumerate(islice(stream.batches(0), BATCHES), 1):
         begin, clock = time.perf_counter(), Clock(1, step)
-        ticket = network.embeddings.prefetch(batch.ids, clock)
-        learner.step(batch, ticket, clock)
+        learner.step(batch, network.embeddings.prefetch(batch.ids, clock), clock)
         seconds.append(time.perf_counter() - begin)
         samples.append(len(batch.labels))
-        for part in ticket.parts:
-            owners = store.block_map.owners[part.blocks]
-            rows[part.slab] += np.bincount(owners, weights=part.counts, minlength=rows.shape[1])
-    # The first step loads what the others find loaded.
-    return rows / len(samples), statistics.mean(samples), statistics.median(seconds[1:] or seconds)
+    return samples, seconds
 
 
 def _wire_bytes(layout: Layout, rows: np.ndarray) -> float:
@@ -153,13 +141,14 @@ def _wire_bytes(layout: Layout, rows: np.ndarray) -> float:
 
 def _cells(layout: Layout) -> tuple[int, int]:
     """Floats of all rows, and of their optimizer state."""
-    sizes = [(table.rows * slab.width, table.rows * slab.state_width) for slab in layout.slabs for table in slab.tables]
-    return sum(size for size, _ in sizes), sum(state for _, state in sizes)
+    tables = list(layout.tables)
+    state = sum(table.rows * table.optimizer.state_width(table.width) for table in tables)
+    return sum(table.rows * table.width for table in tables), state
 
 
 def _held(store: _Outline) -> np.ndarray:
     """int64 [2, shards]: bytes of rows and of optimizer state on each shard, rows that only fill up blocks included."""
-    blocks = np.bincount(store.block_map.owners, minlength=len(store.block_map.addresses))
+    blocks = np.bincount(store.block_map.owners, minlength=store.shards)
     slabs = store.layout.slabs
     rows = sum(slab.rows_per_block * slab.width for slab in slabs)
     state = sum(slab.rows_per_block * slab.state_width for slab in slabs)
@@ -192,56 +181,22 @@ def _slab_seconds(slab: Slab, count: int) -> float:
     return statistics.median(seconds[1:])
 
 
-class _Outline(Store):
-    """Where each row would be, and no row: what is read is zeros, what is pushed is dropped."""
+class _Outline(ShardedStore):
+    """Shards without rows: those asked for, counted by (slab, shard) in `rows`, are zeros; pushes are dropped."""
 
     def __init__(self, blocks: int, shards: int, seed: int) -> None:
-        self.layout = Layout(blocks, seed)
-        self.block_map = BlockMap.initial(blocks, ("",) * shards)
-        self.counters = Counters()
+        super().__init__(Layout(blocks, seed), BlockMap.initial(blocks, ("",) * shards), timeout=60.0)
+        self.rows: Counter[tuple[int, int]] = Counter()
 
-    def create_tables(self, tables: Sequence[TableSpec]) -> None:
-        self.layout.add(tables)
+    def _send(self, shard: int, request: PullRequest | PushRequest, timeout: float, on_answer: OnAnswer) -> None:
+        statuses = [np.zeros(len(part.blocks), np.uint8) for part in request.parts]
+        if isinstance(request, PushRequest):
+            on_answer(PushReply(statuses), None)
+            return
+        for part in request.parts:
+            self.rows[part.slab, shard] += len(part.index)
+        zeros = [np.zeros((len(part.index), self.widths[part.slab]), np.float32) for part in request.parts]
+        on_answer(PullReply(statuses, zeros), None)
 
-    def begin(self, generation: int, workers: int, step: int) -> None: ...
-
-    def reset(self) -> None: ...
-
-    def pull(self, parts: Sequence[RowSet], clock: Clock | None = None) -> Future[list[np.ndarray]]:
-        widths = [self.layout.slabs[part.slab].width for part in parts]
-        return _done(
-            [np.zeros((len(part.index), width), np.float32) for part, width in zip(parts, widths, strict=True)]
-        )
-
-    def push(
-        self,
-        parts: Sequence[RowSet],
-        grads: Sequence[np.ndarray],
-        learning_rates: Sequence[float],
-        clock: Clock | None = None,
-    ) -> Future[None]:
-        return _done(None)
-
-    def save(
-        self,
-        directory: str,
-        *,
-        step: int = 0,
-        tensors: Mapping[str, np.ndarray] | None = None,
-        state: Mapping[str, Any] | None = None,
-    ) -> NoReturn:
-        raise StoreError("there are no rows to save")
-
-    def load(self, directory: str, tables: Mapping[str, str] | None = None) -> NoReturn:
-        raise StoreError("there are no rows to load into")
-
-    def statistics(self) -> list[dict[str, Any]]:
-        return []
-
-    def close(self) -> None: ...
-
-
-def _done(result: T) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_result(result)
-    return future
+    def control_at(self, address: str, method: str, arguments: Mapping[str, Any], within: float = 0.0) -> None:
+        """There is nobody to tell."""

@@ -66,6 +66,25 @@ def train(
         run.close()
 
 
+def open_stream(
+    job: TrainingJob, path: str, schema: Schema, batch_size: int, *, shuffle: bool, rank: int, workers: int
+) -> ParquetStream:
+    """One worker's share of the data at `path`, in batches of `batch_size` rows over all workers together."""
+    data = job.data
+    return ParquetStream(
+        path,
+        batch_size=batch_size,
+        schema=schema,
+        window_bytes=data.window_bytes,
+        read_ahead_bytes=data.read_ahead_bytes,
+        missing_id=data.missing_id,
+        rank=rank,
+        workers=workers,
+        seed=job.seed,
+        shuffle=shuffle,
+    )
+
+
 class _Run:
     """State of one call of `train`."""
 
@@ -108,18 +127,8 @@ class _Run:
         return isinstance(self.store, ReplicatedStore)
 
     def _open(self, path: str, schema: Schema, batch_size: int, shuffle: bool) -> ParquetStream:
-        data = self.job.data
-        stream = ParquetStream(
-            path,
-            batch_size=batch_size,
-            schema=schema,
-            window_bytes=data.window_bytes,
-            read_ahead_bytes=data.read_ahead_bytes,
-            missing_id=data.missing_id,
-            rank=self.group.rank,
-            workers=self.group.workers,
-            seed=self.job.seed,
-            shuffle=shuffle,
+        stream = open_stream(
+            self.job, path, schema, batch_size, shuffle=shuffle, rank=self.group.rank, workers=self.group.workers
         )
         if stream.warning is not None:
             self.report({"note": stream.warning})

@@ -1,6 +1,7 @@
 """The command line without Ray: exit codes, one-line errors, JSON as the last line."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -139,8 +140,9 @@ def test_giving_up_a_scaling_is_asked_for_alone(run, monkeypatch: pytest.MonkeyP
 
 def test_status_is_that_of_the_last_run(run) -> None:  # type: ignore[no-untyped-def]
     assert "runs: no run in here" in run("status").error
-    for name in ("b", "a"):
+    for name, written in (("b", 1), ("a", 3), ("c", 2)):
         RunFolder.open(Path("runs", name), resume=False).close("finished")
+        os.utime(Path("runs", name, "run.json"), (written, written))  # no two at one tick of the clock
     result = run("status", "--json")
     assert result.code == 0 and result.json["run_dir"] == "runs/a" and result.json["status"] == "finished"
 

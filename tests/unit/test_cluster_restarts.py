@@ -359,7 +359,7 @@ def test_failures_that_would_come_again_end_the_run() -> None:
 
 def test_others_are_tried_again_as_often_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    monkeypatch.setattr(restarts, "ask", lambda *asked: told.append(asked))
+    monkeypatch.setattr(restarts, "_ask_once", lambda *asked: told.append(asked))
     policy = pickle.loads(pickle.dumps(RestartPolicy(2, 2, "space")))  # it goes to Ray Train's controller
     assert policy.make_decision(failed(FencedError("generation 1 is over"))) is FailureDecision.RETRY
     died = ControllerError(WorkerGroupStartupFailedError("a worker died"))
