@@ -91,6 +91,8 @@ def _usage(error: Exception) -> None:
         return
     context = getattr(error, "ctx", None)
     text = getattr(error, "format_message", error.__str__)()
+    if "No such option" in text and context and any(p.name == "arguments" for p in context.command.params):
+        text += ": settings are given as key=value, such as train.epochs=2."
     _print_error(f"{text} See `{context.command_path if context else 'embershard'} --help`.")
 
 

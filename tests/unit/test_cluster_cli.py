@@ -68,6 +68,10 @@ def test_help_has_examples(run, command: str) -> None:  # type: ignore[no-untype
         (("convert", "avazu", "a", "b", "--negatives", "2"), "--negatives is for movielens and interactions"),
         (("train", "absent.yaml"), "absent.yaml: no such run or configuration file"),
         (("train", "train.epocs=2"), "did you mean 'train.epochs'"),
+        (
+            ("train", "--epochs", "2"),
+            "No such option: --epochs: settings are given as key=value, such as train.epochs=2.",
+        ),
         (("train", "--resume"), "which run?"),
         (("train", "absent", "--resume"), "absent: no such run or configuration file"),
         (("train", "data.path=absent"), "absent"),
