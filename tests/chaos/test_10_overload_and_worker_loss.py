@@ -86,7 +86,7 @@ def test_everybody_at_the_same_rows(shards) -> None:
     assert max(p99, while_moving) < PULL_P99 and seal < SEAL
     assert all(one.failed is None for one in open_pushes), [one.failed for one in open_pushes]
     most = [one.most for one in open_pushes]
-    assert max(most) <= MAX_OPEN_PUSHES + 3  # answers on their way to here, one from each shard
+    assert max(most) <= MAX_OPEN_PUSHES + 3  # answers on their way to here, one from each shard, which are three now
     assert max(most) > MAX_OPEN_PUSHES // 2, "nobody was held back: no storm"
     assert max(resident(group)) < max(before) + (64 << 20)
     verdict = group.verdict()
